@@ -1,0 +1,35 @@
+# Needs Python 3.11 or newer with venv, a C++ compiler, and nothing else. Every target is safe to repeat.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup quickstart test lint clean
+
+setup: $(VENV)/.complete
+
+# Made again when the dependencies change; the marker is written last, so that an interrupted install is taken up again.
+$(VENV)/.complete: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "distft needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@command -v c++ >/dev/null || \
+		{ echo "DeepSpeed compiles a small extension and needs a C++ compiler. Try: apt-get install g++" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The main job: fine-tune SmolLM2-135M on State of the Union addresses, and show that it got better.
+# A run that is there already is kept, and this one gets a name of its own.
+quickstart: setup
+	$(BIN)/distft run launch/quickstart.yaml $$(test -e runs/quickstart && echo --name quickstart-$$(date +%Y%m%d-%H%M%S))
+
+lint: setup
+	$(BIN)/ruff format --check distft tests benchmarks
+	$(BIN)/ruff check distft tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,71 @@
+"""The loop that one would write by hand: transformers' own loss, DeepSpeed's own accumulation. Run under torchrun.
+
+It trains on rows of one length (B, T) in a .npy file and prints one JSON line on rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import time
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rows", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    accumulation = arguments.batch_size // size
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "zero_optimization": {"stage": 2, "overlap_comm": False},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        },
+    )
+    rows = torch.from_numpy(np.load(arguments.rows))
+    seconds, losses = [], []
+    for step in range(arguments.steps):
+        start = time.perf_counter()
+        total = 0.0
+        for number in range(accumulation):
+            row = rows[(step * arguments.batch_size + number * size + rank) % len(rows)][None]
+            loss = engine(input_ids=row, labels=row, use_cache=False).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.item()
+        dist.barrier()
+        seconds.append(time.perf_counter() - start)
+        losses.append(total / accumulation)
+    peak = [0] * size
+    dist.all_gather_object(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if rank == 0:
+        print(json.dumps({"step_seconds": seconds, "losses_rank_0": losses, "peak_memory_bytes": max(peak)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Which checkpoints stay, within a budget of bytes that the write in progress counts towards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distft.checkpoint.layout import Checkpoint
+from distft.errors import CapacityError
+
+
+def obsolete(checkpoints: Sequence[Checkpoint], budget_bytes: int, incoming_bytes: int) -> list[Checkpoint]:
+    """The oldest checkpoints that must go so that another fits.
+
+    The newest one, and the best as the newest knows it, never go.
+
+    Args:
+        checkpoints: The complete ones, newest first.
+        budget_bytes: What all may take together.
+        incoming_bytes: What the next one takes.
+
+    Raises:
+        CapacityError: It does not fit beside those two.
+    """
+    if not checkpoints:
+        kept_steps: set[int | None] = set()
+    else:
+        kept_steps = {checkpoints[0].step, checkpoints[0].state.best_step}
+    total = incoming_bytes + sum(checkpoint.bytes for checkpoint in checkpoints)
+    going = []
+    for checkpoint in reversed(checkpoints):
+        if total <= budget_bytes:
+            break
+        if checkpoint.step not in kept_steps:
+            going.append(checkpoint)
+            total -= checkpoint.bytes
+    if total > budget_bytes:
+        raise _too_small(
+            budget_bytes, total, f"a checkpoint takes {_amount(incoming_bytes)} beside the newest and the best"
+        )
+    return going
+
+
+def check_budget(budget_bytes: int, checkpoint_bytes: int, *, validated: bool) -> None:
+    """Refuses, before training, a budget that will not do.
+
+    Args:
+        budget_bytes: What all checkpoints may take together.
+        checkpoint_bytes: What one takes.
+        validated: Whether a best checkpoint is kept beside the newest.
+
+    Raises:
+        CapacityError: The newest, the best and one being written do not fit at once.
+    """
+    needed = checkpoint_bytes * (3 if validated else 2)
+    if needed > budget_bytes:
+        kept = "the newest, the best" if validated else "the newest"
+        reason = f"a checkpoint takes about {_amount(checkpoint_bytes)}, and {kept} and one being written exist at once"
+        raise _too_small(budget_bytes, needed, reason)
+
+
+def _too_small(budget_bytes: int, needed: int, reason: str) -> CapacityError:
+    return CapacityError(
+        f"a budget of {_amount(budget_bytes)} is too small: {reason}",
+        where="checkpoint.budget",
+        fix=f"give it at least {_amount(needed)}",
+    )
+
+
+def _amount(size: int) -> str:
+    """Bytes as people read them, in powers of ten as on a disk's label."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"

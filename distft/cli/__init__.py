@@ -1,0 +1,216 @@
+"""The ``distft`` command. Each command imports the rooms it needs when it runs, so that help and checks are instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from distft.errors import DistftError, JobError
+from distft.runs import Run
+from distft.world import runs_folder
+
+if TYPE_CHECKING:
+    from distft.cli.view import View
+    from distft.config import Job
+
+app = typer.Typer(
+    help="Fine-tune GPT-style language models on any Ray cluster: one YAML file, the same loss curve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name under the runs folder, or its path.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override one setting: --set train.learning_rate=1e-4. Repeatable."
+    ),
+]
+Runs = Annotated[Path | None, typer.Option(metavar="DIR", help="Where runs are kept [default: DISTFT_RUNS or ./runs].")]
+Name = Annotated[str | None, typer.Option(help="The run's name [default: the job's].")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run from its newest checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")
+    ] = False,
+) -> None:
+    """Options of every command; :func:`main` reads them."""
+
+
+@app.command()
+def check(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None:
+    """Read and validate the job file; every error at once."""
+    checked = _load(job, set_)
+    if as_json:
+        _print_json({"job": str(job), "ok": True, "settings": checked.dump()})
+    else:
+        workers = checked.cluster.workers
+        typer.echo(
+            f"{job}: fine. {checked.task.kind.replace('_', ' ')} with {checked.model.source} on "
+            f"{workers} worker{'' if workers == 1 else 's'}"
+        )
+
+
+@app.command()
+def prepare(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None:
+    """Make token ids of the data once, cached by content; print the data card."""
+    from distft.data.store import Prepared
+    from distft.orchestrate.cluster import connected
+    from distft.orchestrate.data import prepare as prepare_data
+    from distft.orchestrate.listener import SILENT
+
+    loaded = _load(job, set_)
+    with _view() as view, connected(loaded):
+        data = prepare_data(loaded, SILENT if as_json else view)
+    if as_json:
+        _print_json(Prepared.open(data.prepared).card)
+    else:
+        typer.echo(f"\nPrepared rows: {data.prepared}")
+
+
+@app.command()
+def run(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
+    """The whole way: prepare, train, export, evaluate."""
+    from distft.cli.tables import summary
+    from distft.orchestrate.run import run as whole_way
+
+    loaded = _load(job, set_)
+    with _view() as view:
+        made = whole_way(loaded, runs=_runs(runs), name=name, resume=resume, listener=view)
+    typer.echo(summary(made))
+
+
+@app.command()
+def train(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
+    """Prepare and train, without evaluation and export."""
+    from distft.orchestrate.run import train as train_job
+
+    loaded = _load(job, set_)
+    with _view() as view:
+        made = train_job(loaded, runs=_runs(runs), name=name, resume=resume, listener=view)
+    typer.echo(f"\nTrained: {made.folder}\nNext: distft export {made.name}    distft evaluate {made.name}")
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    model: Annotated[str, typer.Option(help="base, best or last")] = "best",
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model of the run, with confidence intervals."""
+    from distft.cli.tables import score_lines
+    from distft.orchestrate.listener import SILENT
+    from distft.orchestrate.results import evaluate as score
+
+    _one_of("--split", split, ("validation", "test"))
+    _one_of("--model", model, ("base", "best", "last"))
+    found = _find(run, runs)
+    with _view() as view:
+        scores = score(found, split=split, model=model, listener=SILENT if as_json else view)
+    if as_json:
+        _print_json(scores)
+    else:
+        typer.echo("\n".join(score_lines(scores, split)))
+
+
+@app.command()
+def export(
+    run: RunName,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write [default: RUN/export].")] = None,
+    runs: Runs = None,
+) -> None:
+    """Write the best model as a Hugging Face folder."""
+    from distft.orchestrate.results import export as write
+
+    with _view() as view:
+        folder = write(_find(run, runs), to=to, listener=view)
+    typer.echo(folder)
+
+
+@app.command()
+def generate(
+    run: RunName,
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw, where temperature > 0.")] = 0,
+    model: Annotated[str, typer.Option(help="best or base")] = "best",
+    runs: Runs = None,
+) -> None:
+    """Continue a text with the exported model."""
+    from distft.orchestrate.results import generate as write
+
+    _one_of("--model", model, ("base", "best"))
+    text = sys.stdin.read() if prompt == "-" else prompt
+    for piece in write(
+        _find(run, runs), text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, model=model
+    ):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line; errors go to standard error as one clear message, with the contract's exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        app([word for word in words if word != "--debug"])
+    except DistftError as error:
+        if "--debug" in words:
+            raise
+        sys.stderr.write(f"distft: {error}\n")
+        raise SystemExit(error.exit_status) from None
+    raise AssertionError("typer leaves by SystemExit")
+
+
+def _load(path: Path, overrides: list[str] | None) -> Job:
+    """The job, checked as far as that is possible without torch, Ray or reading the data."""
+    from distft.config import Job, UnusableFiles
+    from distft.config import check as check_files
+
+    job = Job.load(path, overrides or [])
+    problems = check_files(job)
+    if problems:
+        raise UnusableFiles(problems)
+    return job
+
+
+def _runs(folder: Path | None) -> Path:
+    return folder or runs_folder()
+
+
+def _find(name: str, runs: Path | None) -> Run:
+    return Run.find(name, _runs(runs))
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise JobError(f"{value!r} is not one of {', '.join(choices)}", where=option)
+
+
+@contextmanager
+def _view() -> Iterator[View]:
+    from rich.console import Console
+
+    from distft.cli.view import View
+
+    with View(Console(highlight=False)) as view:
+        yield view
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,98 @@
+"""What a person sees while a run goes: stages with ticks and one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+
+PLAIN_INTERVAL_SECONDS = 30
+
+
+class View:
+    """Shows the stages of a run and its training as it goes; a context, so that the live line is always taken down."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._stage: str | None = None
+        self._stage_began = 0.0
+        self._live: Live | None = None
+        self._last_plain = 0.0
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        self._close(ok=failed is None)
+
+    def stage(self, name: str) -> None:
+        """Ticks the stage before off and begins this one."""
+        self._close(ok=True)
+        self._stage, self._stage_began, self._last_plain = name, time.monotonic(), time.monotonic()
+        if self.console.is_terminal:
+            self._live = Live(self._line(), console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def note(self, text: str) -> None:
+        """Prints a few lines for good."""
+        self.console.print(escape(text), highlight=False)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Shows a line of ``metrics.jsonl``: steps on the live line, the rest for good."""
+        if record["kind"] == "train":
+            self._step(describe_step(record))
+        elif record["kind"] == "validation":
+            self.note(f"  step {record['step']:,}  validation loss {record['loss']:.4f}")
+        elif record["event"] not in QUIET_EVENTS:
+            self.note(f"  step {record['step']:,}  {record['event']}: {record['reason']}")
+
+    def _step(self, text: str) -> None:
+        now = time.monotonic()
+        if self._live:
+            self._live.update(self._line(text))
+        elif now - self._last_plain >= PLAIN_INTERVAL_SECONDS:
+            self._last_plain = now
+            self.note(f"  {text}")
+
+    def _line(self, detail: str = "") -> Text:
+        return Text.assemble((f"{self._stage} … ", "bold"), detail, no_wrap=True, overflow="ellipsis")
+
+    def _close(self, ok: bool) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+        if self._stage:
+            mark = "[green]✓[/]" if ok else "[red]✗[/]"
+            self.console.print(f"{mark} {self._stage} [dim]{duration(time.monotonic() - self._stage_began)}[/]")
+            self._stage = None
+
+
+#: Events that say nothing to a person who watches: they are in metrics.jsonl.
+QUIET_EVENTS = frozenset({"start", "checkpoint", "best", "finished"})
+
+
+def describe_step(record: dict[str, Any]) -> str:
+    """One training step for a person: step, loss, tokens/s, MFU, memory, time left."""
+    parts = [f"step {record['step']:,}/{record['steps']:,}", f"loss {record['loss']:.4f}"]
+    parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:.0%}")
+    parts.append(f"{record['peak_memory_bytes'] / 1e9:.1f} GB")
+    parts.append(f"{duration((record['steps'] - record['step']) * record['step_seconds'])} left")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,224 @@
+"""What has to agree between keys: each rule looks at a job whose single values are in order, and finds what clashes."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, get_args
+
+from distft.config import keys
+from distft.config.addresses import COMPRESSED, PYPI, TABLES, file_type, is_hub_id, is_path, scheme
+from distft.config.problems import Finding, Path, choices
+from distft.config.search import SearchSection, Space
+from distft.config.sections import SourcesSection, SplitsSection
+from distft.config.values import Bounds, Metric
+
+if TYPE_CHECKING:
+    from distft.config.job import Job
+
+TASK_METRICS = {
+    "language_modeling": ("loss", "perplexity", "bits_per_byte"),
+    "classification": ("loss", "accuracy", "macro_f1"),
+    "generation": tuple(metric for metric in get_args(Metric) if metric not in {"accuracy", "macro_f1"}),
+}
+"""The metrics that mean something for a task."""
+
+MODEL_SCHEMES = ("pypi", "s3", "gs")
+DATA_SCHEMES = ("pypi", "s3", "gs", "hf")
+
+
+def rules(job: Job) -> Iterator[Finding]:
+    """Everything in a job that does not agree."""
+    for rule in (_model, _task, _source, _columns, _splits, _train, _evaluate, _zero, _cluster, _storage):
+        yield from rule(job)
+    if job.search is not None:
+        yield from _search(job, job.search)
+
+
+def _model(job: Job) -> Iterator[Finding]:
+    source, path = job.model.source, ("model", "source")
+    yield from _address(
+        source, path, MODEL_SCHEMES, hint="write a hub id without hf://" if scheme(source) == "hf" else None
+    )
+    if not scheme(source) and not is_path(source) and not is_hub_id(source):
+        yield Finding(path, f"{source!r} is neither a hub id nor a path", "a hub id is NAME or OWNER/NAME")
+    if job.model.sha256 is not None and not source.endswith(".gguf"):
+        fix = "for a hub id, revision names one exact commit; else remove the line"
+        yield Finding(("model", "sha256"), "checks one .gguf file, which model.source is not", fix, ("model.source",))
+    if job.model.revision is not None and (scheme(source) or is_path(source)):
+        fix = "remove the line"
+        yield Finding(("model", "revision"), "belongs to a hub id, which model.source is not", fix, ("model.source",))
+
+
+def _task(job: Job) -> Iterator[Finding]:
+    task, kind = job.task, job.task.kind
+    if kind != "generation":
+        for key in ("preset", "prompt", "response", "messages"):
+            if getattr(task, key) is not None:
+                yield Finding(("task", key), f"means nothing for {kind}", "only generation has it", ("task.kind",))
+    elif task.messages is not None and (task.prompt or task.response):
+        fix = "keep messages, or prompt and response"
+        yield Finding(("task", "messages"), "stands beside prompt or response", fix, ("task.prompt", "task.response"))
+    elif (task.prompt is None) != (task.response is None) and task.preset is None:
+        key, absent = ("prompt", "response") if task.prompt else ("response", "prompt")
+        yield Finding(
+            ("task", key), f"stands without task.{absent}", f"give task.{absent} too", (f"task.{absent}", "task.preset")
+        )
+    if kind != "classification" and task.label != "label":
+        yield Finding(("task", "label"), f"means nothing for {kind}", "only classification has it", ("task.kind",))
+    if kind == "generation" and task.text != "text":
+        yield Finding(("task", "text"), "means nothing for generation", "give prompt and response", ("task.kind",))
+    if job.data.overlong == "split" and kind != "language_modeling":
+        fix = "choose error, drop or truncate"
+        yield Finding(("data", "overlong"), f"an example of {kind} cannot be split", fix, ("task.kind",))
+
+
+def _source(job: Job) -> Iterator[Finding]:
+    source, path = job.data.source, ("data", "source")
+    known = TABLES | COMPRESSED | {".txt"}
+    for index, address in enumerate(job.data.addresses):
+        entry: Path = (*path, index) if isinstance(source, list) else path
+        yield from _address(address, entry, DATA_SCHEMES)
+        if file_type(address) not in known | {""} and scheme(address) != "hf":
+            fix = f"use {choices(sorted(ending[1:] for ending in TABLES | {'.txt'}))}"
+            yield Finding(entry, f"{address!r} is not of a known file type", fix)
+    for address, times in Counter(job.data.addresses).items():
+        if times > 1:
+            yield Finding(path, f"{address!r} is listed {times} times", "its rows would count that often: keep one")
+    if job.data.lines and not all(file_type(address) in {".txt", ""} for address in job.data.addresses):
+        yield Finding(
+            ("data", "lines"), "is for txt only", "remove it: other files have one row a line", ("data.source",)
+        )
+
+
+def _address(address: str, path: Path, schemes: tuple[str, ...], hint: str | None = None) -> Iterator[Finding]:
+    """Whether an address can be one at all."""
+    kind = scheme(address)
+    if kind == "pypi" and not PYPI.fullmatch(address):
+        yield Finding(path, f"{address!r} is incomplete", "write pypi://PACKAGE==VERSION/path/in/wheel")
+    elif kind and kind not in schemes:
+        fix = hint or f"use a local path, {choices([f'{known}://' for known in schemes])}"
+        yield Finding(path, f"nothing is read from {kind}://", fix)
+
+
+def _columns(job: Job) -> Iterator[Finding]:
+    """A txt file has the columns `text` and `source` (the file), and no others."""
+    if not all(file_type(address) == ".txt" for address in job.data.addresses):
+        return
+    reads = ("data.source", "data.lines")
+    if job.task.kind != "generation" and job.task.text != "text":
+        yield Finding(("task", "text"), "a txt file has no such column", "remove the line: its column is `text`", reads)
+    for key in ("group_by", "stratify_by"):
+        column, path = getattr(job.data.splits, key), ("data", "splits", key)
+        if column is not None and not job.data.lines:
+            fix = "remove it, or use jsonl or parquet, whose rows have columns"
+            yield Finding(path, "a txt file is one document, without columns", fix, reads)
+        elif column not in {None, "source"}:
+            yield Finding(
+                path, f"the lines of a txt file have no column {column!r}", "use source (the file) or null", reads
+            )
+
+
+def _splits(job: Job) -> Iterator[Finding]:
+    splits, path = job.data.splits, ("data", "splits")
+    if splits.validation + splits.test >= 1:
+        message = f"validation {splits.validation:g} and test {splits.test:g} leave nothing to train on"
+        yield Finding(path, message, "together they must be below 1", ("data.splits.validation", "data.splits.test"))
+    if isinstance(job.data.source, SourcesSection) and splits != SplitsSection():
+        yield Finding(path, "the three sources are the splits already", "remove data.splits", ("data.source",))
+    if job.train.patience is not None and splits.validation == 0:
+        fix = "give data.splits.validation a fraction"
+        yield Finding(("train", "patience"), "there is no validation split to watch", fix, ("data.splits",))
+
+
+def _train(job: Job) -> Iterator[Finding]:
+    train = job.train
+    if train.epochs is not None and train.steps is not None:
+        yield Finding(("train", "steps"), "stands beside train.epochs", "keep one of the two", ("train.epochs",))
+    if train.epochs is None and train.steps is None:
+        yield Finding(("train", "epochs"), "neither epochs nor steps is given", "give one of the two", ("train.steps",))
+    micro = train.micro_batch_size
+    if isinstance(micro, int) and micro > train.batch_size:
+        message = f"{micro} rows on one worker are more than batch_size, {train.batch_size} on all of them"
+        yield Finding(("train", "micro_batch_size"), message, "make it smaller, or auto", ("train.batch_size",))
+
+
+def _evaluate(job: Job) -> Iterator[Finding]:
+    known = TASK_METRICS[job.task.kind]
+    for index, metric in enumerate(job.evaluate.metrics if job.evaluate.metrics != "default" else []):
+        path = ("evaluate", "metrics", index)
+        if metric not in known:
+            yield Finding(
+                path, f"{metric} means nothing for {job.task.kind}", f"choose {choices(known)}", ("task.kind",)
+            )
+        elif metric in job.evaluate.metrics[:index]:
+            yield Finding(path, f"{metric} is listed twice", "keep one")
+
+
+def _zero(job: Job) -> Iterator[Finding]:
+    stage, offload, path = job.zero.stage, job.zero.offload, ("zero", "offload")
+    if offload == "cpu" and stage == 0:
+        yield Finding(path, "stage 0 shards nothing that could be offloaded", "use stage 1, 2 or 3", ("zero.stage",))
+    if offload == "nvme" and stage not in {3, "auto"}:
+        yield Finding(path, f"stage {stage} cannot offload to nvme", "use stage 3", ("zero.stage",))
+
+
+def _cluster(job: Job) -> Iterator[Finding]:
+    for path, bounds in ((("cluster", "workers"), job.cluster.workers), (("serve", "replicas"), job.serve.replicas)):
+        if isinstance(bounds, Bounds) and bounds.min > bounds.max:
+            yield Finding(path, f"min {bounds.min} is above max {bounds.max}", "swap them")
+    resources, path = job.cluster.resources_per_worker, ("cluster", "resources_per_worker")
+    for name in resources:
+        if name.upper() in {"CPU", "GPU"} and name != name.upper():
+            message = "Ray would take this for a resource of another kind"
+            yield Finding((*path, name), message, f"did you mean {name.upper()}?")
+    if not any(resources.values()):
+        yield Finding(path, "a worker needs something to run on", "give it at least CPU: 1")
+
+
+def _storage(job: Job) -> Iterator[Finding]:
+    yield from _address(job.checkpoint.storage or "", ("checkpoint", "storage"), ("s3", "gs"))
+
+
+def _search(job: Job, search: SearchSection) -> Iterator[Finding]:
+    known = keys.numbers(type(job))
+    for key, space in search.space.items():
+        path = ("search", "space", key)
+        if key not in known:
+            same = [name for name in known if name.rpartition(".")[2] == key]
+            near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            fix = f"did you mean {near[0]}?" if near else "any number in the job file, such as train.learning_rate"
+            yield Finding(path, "is no number in the job file", fix)
+        yield from _space(space, path, only_choice=search.algorithm == "grid")
+    metric = search.objective.metric
+    allowed = [f"validation.{name}" for name in TASK_METRICS[job.task.kind]]
+    if metric not in allowed:
+        message = (
+            "the test split stays sealed" if metric.startswith("test.") else f"{metric!r} is not measured in training"
+        )
+        yield Finding(("search", "objective", "metric"), message, f"choose {choices(allowed)}", ("task.kind",))
+    if job.data.splits.validation == 0:
+        fix = "give data.splits.validation a fraction"
+        yield Finding(("search", "objective"), "there is no validation split to compare on", fix, ("data.splits",))
+
+
+def _space(space: Space, path: Path, *, only_choice: bool) -> Iterator[Finding]:
+    """Whether one number's space has one meaning, and is not empty."""
+    given = [name for name in ("log_uniform", "uniform", "choice") if getattr(space, name) is not None]
+    if len(given) != 1:
+        yield Finding(
+            path, "needs exactly one of log_uniform, uniform and choice", f"it has {choices(given or ['none'])}"
+        )
+    elif only_choice and given != ["choice"]:
+        yield Finding(
+            path,
+            "a grid cannot try every number between two",
+            "use choice, or another algorithm",
+            ("search.algorithm",),
+        )
+    for name in ("log_uniform", "uniform"):
+        low, high = getattr(space, name) or (1, 2)
+        if low >= high or (name == "log_uniform" and low <= 0):
+            least = "0 < low < high" if name == "log_uniform" else "low < high"
+            yield Finding((*path, name), f"[{low:g}, {high:g}] is no range", f"it needs {least}")

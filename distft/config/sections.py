@@ -1,0 +1,242 @@
+"""The sections of the job file, one class each, in the order of the file (contract, section 2).
+
+The line under a field is its documentation: help and reference pages are made from it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from distft.config.values import (
+    Bounds,
+    Count,
+    Every,
+    Metric,
+    Positive,
+    Section,
+    Sha256,
+    Share,
+    Size,
+    Steps,
+    Text,
+    parse_bytes,
+)
+
+
+class AdapterSection(Section):
+    """A low-rank adapter that is trained instead of the whole model (LoRA, arXiv 2106.09685)."""
+
+    kind: Literal["lora"]
+    """lora."""
+    rank: Count = 16
+    """Rank of the update of each adapted matrix."""
+    alpha: Positive = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """Which matrices are adapted: all-linear, or a list of module names."""
+
+
+class ModelSection(Section):
+    """The pretrained model to begin from."""
+
+    source: Text
+    """Hub id, folder, file.gguf, s3:// or gs:// folder, or pypi://PACKAGE==VERSION/path/in/wheel.gguf."""
+    sha256: Sha256 | None = None
+    """Hash of the model's file, checked where given."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
+    """Number format of training; auto: bf16 where the device is fast at it, else fp32."""
+    adapter: AdapterSection | None = None
+    """{kind: lora, rank: 16, alpha: 32, targets: all-linear}, or null: all weights are trained."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run on this machine."""
+
+
+class TaskSection(Section):
+    """What the model learns to do."""
+
+    kind: Literal["language_modeling", "classification", "generation"]
+    """language_modeling, classification or generation."""
+    preset: Literal["chat", "instruction", "translation", "summarization", "question_answering"] | None = None
+    """generation: fills prompt and metrics for a usual task."""
+    prompt: Text | None = None
+    """generation: what the model is given; columns in braces: "Translate to German: {en}"."""
+    response: Text | None = None
+    """generation: what it learns to answer; columns in braces: "{de}"."""
+    messages: Text | None = None
+    """generation: the column that holds a whole conversation, in place of prompt and response."""
+    text: Text = "text"
+    """language_modeling, classification: the column that holds the text."""
+    label: Text = "label"
+    """classification: the column that holds the label; the labels are those found in the training split."""
+
+
+class SplitsSection(Section):
+    """How rows are dealt to the training, validation and test splits."""
+
+    validation: Share = 0.05
+    """Fraction of the rows that training is judged by."""
+    test: Share = 0.05
+    """Fraction of the rows that stays sealed until evaluation."""
+    group_by: Text | None = None
+    """A column; rows with the same value stay in the same split."""
+    stratify_by: Text | None = None
+    """A column; each of its values has the same share in every split."""
+
+
+class SourcesSection(Section):
+    """Three sources, where the data comes split already."""
+
+    train: Text | Annotated[list[Text], Field(min_length=1)]
+    """The training rows."""
+    validation: Text | Annotated[list[Text], Field(min_length=1)]
+    """The rows that training is judged by."""
+    test: Text | Annotated[list[Text], Field(min_length=1)]
+    """The rows that stay sealed until evaluation."""
+
+
+class DataSection(Section):
+    """The rows to learn from."""
+
+    source: Text | Annotated[list[Text], Field(min_length=1)] | SourcesSection
+    """A path or glob, a list of them, or {train:, validation:, test:}: files in jsonl, json, csv, tsv, parquet, arrow
+    or txt; local, s3://, gs://, hf://ID or pypi://PACKAGE==VERSION/glob."""
+    lines: bool = False
+    """txt: each line is a document, rather than each file."""
+    splits: SplitsSection = SplitsSection()
+    """How rows are dealt to the splits."""
+    max_tokens: Annotated[int, Field(ge=2)] = 1024
+    """Length of a row, in tokens."""
+    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    """What becomes of an example longer than a row: error, drop, truncate, or (language_modeling) split."""
+    packing: bool = True
+    """Whether several examples share a row, attention kept apart."""
+    limit: Count | None = None
+    """Take the first N rows of the source only, for trying out."""
+
+    @property
+    def addresses(self) -> list[str]:
+        """Every address under ``source``, in the order of the file."""
+        source = self.source
+        parts = [source.train, source.validation, source.test] if isinstance(source, SourcesSection) else [source]
+        return [address for part in parts for address in ([part] if isinstance(part, str) else part)]
+
+
+class ScheduleSection(Section):
+    """The learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """cosine or linear decay to zero, or constant."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Fraction of the run over which the learning rate rises to its peak."""
+
+
+class TrainSection(Section):
+    """Training."""
+
+    epochs: Positive | None = 1.0
+    """Times that every training row is used; or give steps."""
+    steps: Count | None = None
+    """Optimizer steps of the run, in place of epochs."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2.0e-5
+    """Peak learning rate."""
+    schedule: ScheduleSection = ScheduleSection()
+    """The learning rate over the run."""
+    batch_size: Count = 32
+    """Rows per optimizer step over the whole cluster, whatever its size (global batch)."""
+    micro_batch_size: Count | Literal["auto"] = "auto"
+    """Rows per forward pass on one worker."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: Positive | None = 1.0
+    """Gradients with a larger norm, over all weights and ranks, are scaled down to it; null: never."""
+    validate_every: Every = Every(0.25)
+    """From one validation to the next: a fraction of the run, or {steps: N}."""
+    patience: Count | None = None
+    """Stop after so many validations without gain."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Whether activations are computed again in the backward pass, to save memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_in_place_of_epochs(cls, values: object) -> object:
+        """Steps given alone leave no epochs, so that one of the two is always the one that counts."""
+        if isinstance(values, dict) and values.get("steps") is not None and "epochs" not in values:
+            return {**values, "epochs": None}
+        return values
+
+
+class ZeroSection(Section):
+    """What ZeRO shards over the workers, and where it keeps it (arXiv 1910.02054)."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] | Literal["auto"] = "auto"
+    """Sharded: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights; auto: the lowest that fits."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer states are kept: none (on the device), cpu (host memory) or nvme."""
+
+
+class ClusterSection(Section):
+    """Where and on how many workers the job runs."""
+
+    address: Text = "auto"
+    """Address of a Ray cluster; auto: the running one, else one started here."""
+    workers: Count | Bounds = 1
+    """Processes that train together, one per device; or {min: 2, max: 8}: elastic."""
+    resources_per_worker: Annotated[
+        dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1, default_factory=lambda: {"CPU": 1.0})
+    ]
+    """Ray resources of each worker: {CPU: 1}, and GPU: 1 where there are GPUs."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Times that a failed group of workers is started again from the last checkpoint."""
+
+
+class CheckpointSection(Section):
+    """Saving the state of training."""
+
+    every: Every = Every(Steps(steps=100))
+    """From one checkpoint to the next: {steps: N}, or a fraction of the run."""
+    budget: Size = "20GB"
+    """Disk that the checkpoints of a run may take, the one being written included."""
+    storage: Text | None = None
+    """A folder that all nodes see, or s3://, gs://; null: in the run's folder."""
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget in bytes."""
+        return parse_bytes(self.budget)
+
+
+class EvaluateSection(Section):
+    """Scores of the finished model."""
+
+    metrics: Literal["default"] | Annotated[list[Metric], Field(min_length=1)] = "default"
+    """default (those of the task), or a list of metrics."""
+    samples: Count = 1000
+    """The most rows of a split that are scored, drawn by the seed."""
+    compare_base: bool = True
+    """Whether the base model is scored too, and the difference."""
+
+
+class ServeSection(Section):
+    """The finished model behind an OpenAI-compatible API."""
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """auto, transformers or vllm."""
+    replicas: Bounds = Bounds(min=1, max=1)
+    """Copies of the model that answer: {min: 1, max: 4}."""
+    max_new_tokens: Count = 512
+    """The most tokens in one answer."""
+
+
+class TrackSection(Section):
+    """Experiment trackers that are told each step."""
+
+    tensorboard: bool = True
+    """Whether event files are written in the run's folder."""
+    mlflow: Text | None = None
+    """Address of an MLflow tracking server."""
+    wandb: Text | None = None
+    """Name of a Weights & Biases project."""

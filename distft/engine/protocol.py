@@ -1,0 +1,121 @@
+"""What training asks of an engine, and the settings that one is opened with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distft.model import Batch
+from distft.world import World
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine trains.
+
+    Attributes:
+        dtype: Type of weights and activations; the optimizer keeps fp32 weights beside bf16 ones.
+        stage: ZeRO stage 0 .. 3 (https://arxiv.org/abs/1910.02054): which of optimizer state, gradients and weights
+            are split between ranks.
+        offload: Where optimizer state lives: ``none`` (on the device) or ``cpu``.
+        weight_decay: AdamW's, applied to matrices only.
+        max_grad_norm: Gradients are scaled down to this norm; None leaves them.
+    """
+
+    dtype: torch.dtype = torch.float32
+    stage: int = 0
+    offload: str = "none"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+
+
+class Engine(Protocol):
+    """A model and its optimizer over all ranks. Every rank calls every method but ``device`` equally often.
+
+    Legend: B rows, T tokens.
+    """
+
+    world: World
+    device: torch.device
+
+    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> float:
+        """Adds a micro-batch to the gradient of the step.
+
+        Over all ranks and passes the gradient is that of ``scale`` times the sum of all token losses: with ``scale``
+        one over the supervised tokens of the global batch it does not depend on how the batch is divided.
+
+        Args:
+            batch: The micro-batch; ``Batch.empty`` where this rank has none.
+            scale: What the loss is multiplied with.
+            last: Whether this is the step's last pass.
+            seed: Seeds dropout, so that it is a function of the step and the micro-batch, not of the rank.
+
+        Returns:
+            The sum of the micro-batch's token losses, unscaled.
+        """
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Updates the weights; returns the gradient norm over all ranks before clipping.
+
+        Where the norm is not finite the weights are left as they are.
+        """
+        ...
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Token losses (B, T) in fp32, 0 where unsupervised, without gradient."""
+        ...
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sums each value over all ranks in fp64; the result is the same on all of them."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        ...
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        ...
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes this rank's state; returns the files that this rank wrote.
+
+        Raises:
+            OSError: A file cannot be written (28: the disk is full). Other ranks are not held up by it.
+        """
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Reads this rank's state; ranks, stage and type are those that saved it."""
+        ...
+
+    def state_bytes(self) -> int:
+        """About how many bytes a checkpoint takes, over all ranks."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory this rank has used: of the device, or of the process on a CPU."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model and the optimizer; the process group stays."""
+        ...
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Splits trained parameters for AdamW: matrices decay; biases and the gains of norms (1-D) do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]

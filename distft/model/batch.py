@@ -1,0 +1,87 @@
+"""A micro-batch as tensors. Shapes: B rows, T tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a position that carries no loss (torch's own ``ignore_index``)."""
+
+
+class Row(Protocol):
+    """What a row of prepared data gives: T token ids in one or more segments, one after the other."""
+
+    @property
+    def input_ids(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Token ids, (T,)."""
+
+    @property
+    def supervised(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Whether a token is a target, (T,)."""
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Lengths in tokens; they sum to T."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        input_ids: Token ids, (B, T) int64, padded on the right.
+        position_ids: Positions, (B, T) int64, from 0 in each segment; the padding is a segment of its own.
+            These alone keep segments apart: transformers reads the boundaries from them as long as it gets
+            neither an attention mask nor a cache.
+        labels: What each position must predict, (B, T) int64: ``labels[b, t]`` is the id of token t + 1 where
+            that token is supervised and of the same segment, else -100. Already shifted.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Positions that carry loss."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+        )
+
+    @classmethod
+    def collate(cls, rows: Sequence[Row], pad_id: int) -> Batch:
+        """Rows of any lengths as one batch as wide as the longest.
+
+        Args:
+            rows: At least one row.
+            pad_id: The token that fills shorter rows; it is never a target, whichever it is.
+        """
+        width = max(len(row.input_ids) for row in rows)
+        input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+        position_ids = np.zeros((len(rows), width), dtype=np.int64)
+        labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+        for index, row in enumerate(rows):
+            length = len(row.input_ids)
+            input_ids[index, :length] = row.input_ids
+            target = row.supervised.astype(bool)  # a copy: the first token of a segment is nobody's to predict
+            target[np.cumsum((0, *row.segments[:-1]))] = False
+            labels[index, : length - 1][target[1:]] = row.input_ids[1:][target[1:]]
+            position_ids[index] = np.concatenate([np.arange(n) for n in (*row.segments, width - length)])
+        return cls(torch.from_numpy(input_ids), torch.from_numpy(position_ids), torch.from_numpy(labels))
+
+    @classmethod
+    def empty(cls, pad_id: int) -> Batch:
+        """One row of two tokens without any loss: what a rank runs when the others have one micro-batch more."""
+        return cls(torch.full((1, 2), pad_id), torch.arange(2)[None], torch.full((1, 2), IGNORED))

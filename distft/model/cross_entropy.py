@@ -1,0 +1,123 @@
+"""The head's matrix product and the cross-entropy in one step, so that no full logits ever exist.
+
+Shapes: N supervised tokens, D hidden, V vocabulary. Logits of N x V are the largest tensor of a small model's
+training step (1,024 tokens of SmolLM2: 201 MB, several times over). Here they exist for a chunk of tokens at a
+time, and since the loss is a sum, its gradient by the logits (softmax minus one-hot) is known at once: the
+gradients by hidden states and weight are computed in the forward pass and only scaled in the backward pass.
+
+Sources: Liger Kernel (arXiv 2410.10989, section 3.2, FusedLinearCrossEntropy), whose arithmetic this is in plain
+torch; Wijmans et al., Cut Your Losses (arXiv 2411.09009), who go further on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 32 * 2**20
+"""Bytes of one chunk's logits in fp32. Smaller costs speed (the weight's gradient is read and written once a
+chunk), larger costs memory; see benchmarks."""
+
+
+class LossHead(nn.Linear):
+    """An output layer without bias that can also give the loss.
+
+    It is a module, called as one, so that ZeRO-3 gathers the weight around its forward pass; the weight stays the
+    Parameter that it was, tied or not.
+    """
+
+    @classmethod
+    def of(cls, head: nn.Linear) -> LossHead:
+        """The same layer, sharing its weight."""
+        made = cls(head.in_features, head.out_features, bias=False, device="meta")
+        made.weight = head.weight
+        return made.train(head.training)
+
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits or losses.
+
+        Args:
+            input: Hidden states, (..., D), or (N, D) with targets.
+            targets: Ids to predict, (N,) int64, or None for logits.
+
+        Returns:
+            Logits (..., V) without targets. With targets: where gradients are recorded the sum of the token losses
+            (scalar), else the token losses (N,); in fp32 (fp64 for fp64).
+        """
+        if targets is None:
+            return super().forward(input)
+        if torch.is_grad_enabled():
+            total: Tensor = _SummedCrossEntropy.apply(input, self.weight, targets)  # type: ignore[no-untyped-call]
+            return total
+        return torch.cat([chunk.losses for chunk in _chunks(input, self.weight, targets)])
+
+
+class _Chunk:
+    """A few tokens' log-probabilities and losses; ``log_probabilities`` lies in a buffer that the next one reuses."""
+
+    def __init__(self, rows: slice, log_probabilities: Tensor, targets: Tensor) -> None:
+        self.rows = rows
+        self.targets = targets[:, None]
+        self.log_probabilities = log_probabilities
+        self.losses = log_probabilities.gather(1, self.targets).squeeze(1).neg_()
+
+    def gradient(self) -> Tensor:
+        """The gradient of the losses' sum by the logits: softmax minus one-hot, (n, V), in place."""
+        gradient = self.log_probabilities.exp_()
+        gradient.scatter_add_(1, self.targets, gradient.new_full((1, 1), -1).expand_as(self.targets))
+        return gradient
+
+
+def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[_Chunk]:
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    size = max(1, min(tokens, CHUNK_BYTES // (4 * vocabulary)))
+    logits = hidden.new_empty(size, vocabulary)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    for start in range(0, max(tokens, 1), size):
+        rows = slice(start, min(start + size, tokens))
+        part = logits[: rows.stop - rows.start]
+        torch.mm(hidden[rows], weight.t(), out=part)
+        yield _Chunk(rows, torch.log_softmax(part, dim=1, dtype=dtype), targets[rows])
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of token losses of ``hidden @ weight.T``; see the module's docstring."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Loss and, where asked for, both gradients."""
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+        for chunk in _chunks(hidden, weight, targets):
+            total += chunk.losses.sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            gradient = chunk.gradient().to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(gradient, weight, out=d_hidden[chunk.rows])
+            if d_weight is not None and dtype == hidden.dtype:
+                d_weight.addmm_(gradient.t(), hidden[chunk.rows])
+            elif d_weight is not None:
+                d_weight += gradient.t() @ hidden[chunk.rows]
+        ctx.gradients = d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Scales in place: a second gradient as large as the head would be the step's peak of memory."""
+        if ctx.gradients is None:
+            raise RuntimeError("this loss has been differentiated already (retain_graph is not supported)")
+        d_hidden, d_weight = ctx.gradients
+        ctx.gradients = None
+        for gradient in (d_hidden, d_weight):
+            if gradient is not None:
+                gradient.mul_(scale)
+        return d_hidden, d_weight, None

@@ -1,0 +1,1 @@
+"""Ray: the cluster, preparation as Ray Data, training as Ray Train; the whole way of one run."""

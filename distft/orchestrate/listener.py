@@ -1,0 +1,34 @@
+"""Who is told how a run goes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Listener(Protocol):
+    """Who is told how a run goes: a terminal, a log, nobody."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def note(self, text: str) -> None:
+        """Something that a person should know."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A new line of ``metrics.jsonl``."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def stage(self, name: str) -> None:
+        """Says nothing."""
+
+    def note(self, text: str) -> None:
+        """Says nothing."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Says nothing."""
+
+
+SILENT = Silent()

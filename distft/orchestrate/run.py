@@ -1,0 +1,84 @@
+"""The whole way of one run: prepare, train, export, evaluate. The stages meet in the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from distft.config import Job
+from distft.errors import Interrupted
+from distft.orchestrate.cluster import Node, check_capacity, connected, worker_resources, workers_of
+from distft.orchestrate.data import Data, card_of, prepare
+from distft.orchestrate.folder import begin, run_folder
+from distft.orchestrate.listener import SILENT, Listener
+from distft.orchestrate.training import train as train_stage
+from distft.runs import Run, read_json, update_result, write_json
+from distft.world import runs_folder
+
+
+def run(
+    job: Job, *, runs: Path | None = None, name: str | None = None, resume: bool = False, listener: Listener = SILENT
+) -> Run:
+    """The whole way: prepare, train, export, evaluate.
+
+    Args:
+        job: What to run.
+        runs: The folder that runs are kept in; DISTFT_RUNS or ``./runs`` where it is None.
+        name: The run's name; the job's where it is None.
+        resume: Go on with a run that was interrupted, from its newest checkpoint.
+        listener: Who is told.
+
+    Returns:
+        The run's folder, with everything in it.
+
+    Raises:
+        DistftError: One of the tree in :mod:`distft.errors`; the run's folder keeps what was done.
+    """
+    from distft.orchestrate.results import evaluate_all, export, sample
+
+    with _running(job, runs, name, resume, listener) as (made, data, nodes):
+        train_stage(job, made, data, nodes, listener)
+        export(made, listener=listener)
+        evaluate_all(job, made, data, nodes, listener)
+        update_result(made, status="finished", sample=sample(job, made, data))
+    return made
+
+
+def train(
+    job: Job, *, runs: Path | None = None, name: str | None = None, resume: bool = False, listener: Listener = SILENT
+) -> Run:
+    """Prepares and trains; arguments, result and errors as of :func:`run`."""
+    with _running(job, runs, name, resume, listener) as (made, data, nodes):
+        train_stage(job, made, data, nodes, listener)
+        update_result(made, status="finished")
+    return made
+
+
+@contextlib.contextmanager
+def _running(
+    job: Job, runs: Path | None, name: str | None, resume: bool, listener: Listener
+) -> Iterator[tuple[Run, Data, list[Node]]]:
+    """A run in progress: its folder, its data and its cluster; ``result.json`` tells how it ended, in any case."""
+    began = time.monotonic()
+    made = run_folder(job, runs or runs_folder(), name, resume)
+    listener.stage("cluster")
+    with connected(job) as nodes:
+        check_capacity(workers_of(job), worker_resources(job, nodes), nodes)
+        data = prepare(job, listener)
+        if not resume:
+            begin(job, made)
+        write_json(made.card, card_of(data))
+        update_result(made, status="running", reason=None)
+        try:
+            yield made, data, nodes
+        except Interrupted as stop:
+            update_result(made, status="interrupted", reason=str(stop))
+            raise
+        except BaseException as error:
+            update_result(made, status="failed", reason=str(error) or type(error).__name__)
+            raise
+        finally:
+            spent = read_json(made.result).get("wall_seconds", 0.0)
+            update_result(made, wall_seconds=round(spent + time.monotonic() - began, 3))

@@ -1,0 +1,94 @@
+"""How the global batch is divided over workers and passes.
+
+The rows of a step are cut into consecutive micro-batches, and micro-batch ``g = pass * world_size + rank`` goes to
+``rank``. Which rows share a micro-batch therefore depends on the micro-batch size alone, and any number of workers
+serves any batch size: a worker without a micro-batch in the last pass runs an empty one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from distft.errors import JobError
+
+Indices = npt.NDArray[np.int64]
+
+#: Tokens of one forward pass that keep the device busy without costing memory: on a CPU longer passes gain nothing.
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The division of a global batch.
+
+    Attributes:
+        batch_size: Rows per optimizer step over all workers.
+        world_size: Number of workers.
+        micro_batch_size: Rows per forward pass on one worker.
+        reason: Why the micro-batch has this size.
+    """
+
+    batch_size: int
+    world_size: int
+    micro_batch_size: int
+    reason: str
+
+    @classmethod
+    def solve(
+        cls,
+        batch_size: int,
+        world_size: int,
+        micro_batch_size: int | Literal["auto"],
+        max_tokens: int,
+        device_type: str,
+    ) -> BatchPlan:
+        """Chooses the micro-batch size.
+
+        Args:
+            batch_size: Rows per optimizer step over all workers.
+            world_size: Number of workers.
+            micro_batch_size: Rows per pass as the job asks, or ``auto``.
+            max_tokens: Tokens in a row.
+            device_type: ``cpu`` or ``cuda``.
+
+        Raises:
+            JobError: A size is not positive.
+        """
+        sizes = {"train.batch_size": batch_size, "cluster.workers": world_size, "data.max_tokens": max_tokens}
+        if micro_batch_size != "auto":
+            sizes["train.micro_batch_size"] = micro_batch_size
+        for key, size in sizes.items():
+            if size < 1:
+                raise JobError(f"{size} is not a positive number", where=key)
+        share = math.ceil(batch_size / world_size)
+        if micro_batch_size == "auto":
+            budget = TOKENS_PER_PASS[device_type]
+            wanted = max(1, budget // max_tokens)
+            reason = f"about {budget:,} tokens a pass on {device_type}, rows of {max_tokens:,}"
+        else:
+            wanted = micro_batch_size
+            reason = "set in the job"
+        if wanted > share:
+            reason += f"; no more than a worker's share of the batch, {share}"
+        return cls(batch_size, world_size, min(wanted, share), reason)
+
+    def accumulation(self, rows: int) -> int:
+        """Passes that every worker makes for a step of so many rows; the short last step may need fewer."""
+        return math.ceil(math.ceil(rows / self.micro_batch_size) / self.world_size)
+
+    def micro_batches(self, indices: Indices, rank: int) -> list[Indices]:
+        """The micro-batches of ``rank``, one per pass, for a step of these rows.
+
+        Returns:
+            ``accumulation(len(indices))`` arrays; those past the end of the rows are empty.
+        """
+        size = self.micro_batch_size
+        starts = (
+            (number * self.world_size + rank) * size for number in range(self.accumulation(len(indices)))
+        )
+        return [indices[start : start + size] for start in starts]

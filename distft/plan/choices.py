@@ -1,0 +1,92 @@
+"""What the job leaves to ``auto``, decided from facts, each choice with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from distft.config import Job
+from distft.errors import JobError
+from distft.plan.batch import BatchPlan
+from distft.plan.hardware import Hardware
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """A setting as it will be used, and why."""
+
+    value: T
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All of them, for one job on one number of workers."""
+
+    dtype: Choice[str]
+    stage: Choice[int]
+    activation_checkpointing: Choice[bool]
+    batch: BatchPlan
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """Value and reason by the job's dotted names, for ``resolved.json``."""
+        choices: dict[str, Choice[Any]] = {
+            "model.dtype": self.dtype,
+            "zero.stage": self.stage,
+            "train.activation_checkpointing": self.activation_checkpointing,
+            "train.micro_batch_size": Choice(self.batch.micro_batch_size, self.batch.reason),
+        }
+        return {key: {"value": choice.value, "reason": choice.reason} for key, choice in choices.items()}
+
+
+def choose(job: Job, world_size: int, hardware: Hardware) -> Choices:
+    """Decides everything that the job leaves open.
+
+    Raises:
+        JobError: A setting cannot be used.
+    """
+    batch = BatchPlan.solve(
+        job.train.batch_size, world_size, job.train.micro_batch_size, job.data.max_tokens, hardware.device_type
+    )
+    return Choices(
+        choose_dtype(job.model.dtype, hardware),
+        choose_stage(job.zero.stage, world_size),
+        choose_activation_checkpointing(job.train.activation_checkpointing),
+        batch,
+    )
+
+
+def choose_dtype(asked: str, hardware: Hardware) -> Choice[str]:
+    """The type of weights and activations: bf16 where the device is fast at it, else fp32.
+
+    Returns:
+        ``bf16`` or ``fp32``.
+
+    Raises:
+        JobError: The type is not built yet.
+    """
+    if asked == "auto":
+        if hardware.fast_bf16:
+            return Choice("bf16", f"{hardware.name} multiplies bf16 in hardware")
+        return Choice("fp32", f"{hardware.name} has no bf16 instructions: bf16 would be slower than fp32")
+    if asked not in ("bf16", "fp32"):
+        raise JobError(f"{asked} is not built yet", where="model.dtype", fix="use bf16, fp32 or auto")
+    return Choice(asked, "set in the job")
+
+
+def choose_stage(asked: int | Literal["auto"], world_size: int) -> Choice[int]:
+    """The ZeRO stage: what is split between workers."""
+    if asked != "auto":
+        return Choice(asked, "set in the job")
+    if world_size == 1:
+        return Choice(0, "one worker has nobody to share with")
+    return Choice(2, f"optimizer state and gradients split between {world_size} workers, at no cost in traffic")
+
+
+def choose_activation_checkpointing(asked: bool | Literal["auto"]) -> Choice[bool]:
+    """Whether activations are computed again in the backward pass instead of kept."""
+    if asked != "auto":
+        return Choice(asked, "set in the job")
+    return Choice(False, "a micro-batch of auto size fits without it")

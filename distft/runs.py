@@ -1,0 +1,162 @@
+"""A run's folder: its paths, and the reading and writing of the small files that rooms meet through."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distft.errors import JobError
+
+
+@dataclass(frozen=True)
+class Run:
+    """The paths of one run; making one touches no disk."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name: its folder's."""
+        return self.folder.name
+
+    @property
+    def job(self) -> Path:
+        """The job file as it was read."""
+        return self.folder / "job.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        """Every setting as run, each ``auto`` with its reason."""
+        return self.folder / "resolved.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, devices, commit."""
+        return self.folder / "environment.json"
+
+    @property
+    def card(self) -> Path:
+        """The data card."""
+        return self.folder / "data" / "card.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: training steps, validations, events."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint, unless the job names another storage."""
+        return self.folder / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores with intervals."""
+        return self.folder / "evaluation.json"
+
+    @property
+    def export(self) -> Path:
+        """The Hugging Face folder."""
+        return self.folder / "export"
+
+    @property
+    def result(self) -> Path:
+        """How the run ended."""
+        return self.folder / "result.json"
+
+    @property
+    def logs(self) -> Path:
+        """What libraries and worker processes said."""
+        return self.folder / "logs"
+
+    @property
+    def stop_request(self) -> Path:
+        """Present while somebody asks the workers to checkpoint and stop."""
+        return self.folder / "stop-requested"
+
+    @classmethod
+    def find(cls, name_or_path: str, runs: Path) -> Run:
+        """The run called so under ``runs``, or at that path.
+
+        Raises:
+            JobError: There is no such run; the message lists those there are.
+        """
+        for folder in (runs / name_or_path, Path(name_or_path)):
+            if (folder / "job.yaml").is_file():
+                return cls(folder.resolve())
+        known = sorted(path.parent.name for path in runs.glob("*/job.yaml")) if runs.is_dir() else []
+        raise JobError(
+            f"there is no run {name_or_path!r}",
+            where=str(runs),
+            fix=f"runs here: {', '.join(known)}" if known else "no run has been made here yet: distft run JOB.yaml",
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON document whole or not at all: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document at ``path``."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one line to a ``.jsonl`` file in a single write, after whatever is whole in it.
+
+    A process killed while writing leaves half a line; the next append starts on a fresh one, and
+    :func:`read_lines` passes the half over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, ensure_ascii=False)
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(f"{line}\n".encode())
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a ``.jsonl`` file, in order; a line cut short by a kill is passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def training_curve(path: Path) -> list[dict[str, Any]]:
+    """The ``train`` lines of ``metrics.jsonl`` by step; where a step was done again, the later stands."""
+    by_step = {line["step"]: line for line in read_lines(path) if line.get("kind") == "train"}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def event(name: str, step: int, reason: str) -> dict[str, Any]:
+    """An ``event`` line for ``metrics.jsonl``."""
+    return {"kind": "event", "time": time.time(), "step": step, "event": name, "reason": reason}
+
+
+def update_result(run: Run, **fields: Any) -> None:
+    """Brings fields of ``result.json`` up to date; the others stay."""
+    before = read_json(run.result) if run.result.exists() else {"restarts": 0, "test_looks": []}
+    write_json(run.result, {**before, **fields})
+
+
+def decision(run: Run, key: str) -> Any:
+    """What was decided for a setting of the job, ``auto`` or not: ``decision(run, "model.dtype")``."""
+    return read_json(run.resolved)["decisions"][key]["value"]

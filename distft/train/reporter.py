@@ -1,0 +1,75 @@
+"""What training tells: the protocol, and the reporter that writes the run's files."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from distft.runs import Run, append_line
+
+Record = dict[str, Any]
+
+
+class Reporter(Protocol):
+    """Hears every record, on every rank, in the same order: the lines of ``metrics.jsonl``."""
+
+    def train(self, record: Record) -> None:
+        """A step was made."""
+        ...
+
+    def validation(self, record: Record) -> None:
+        """The validation split was scored."""
+        ...
+
+    def event(self, record: Record) -> None:
+        """Something happened."""
+        ...
+
+
+class FileReporter:
+    """Writes ``metrics.jsonl``, and TensorBoard's event files where asked for; on rank 0 alone.
+
+    Args:
+        run: The run that is reported.
+        is_main: Whether this is rank 0; the others write nothing.
+        tensorboard: Whether to write event files too.
+    """
+
+    def __init__(self, run: Run, *, is_main: bool, tensorboard: bool) -> None:
+        self._run = run
+        self._is_main = is_main
+        self._board: Any = None
+        if is_main and tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(run.folder / "tensorboard"))
+
+    def train(self, record: Record) -> None:
+        """See :class:`Reporter`."""
+        self._write(record)
+
+    def validation(self, record: Record) -> None:
+        """See :class:`Reporter`."""
+        self._write(record)
+
+    def event(self, record: Record) -> None:
+        """See :class:`Reporter`."""
+        self._write(record)
+
+    def _write(self, record: Record) -> None:
+        if not self._is_main:
+            return
+        append_line(self._run.metrics, record)
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, float) and name != "time":
+                    self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,95 @@
+"""Dividing the batch, and what is left to auto."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distft.errors import JobError
+from distft.plan.batch import BatchPlan
+from distft.plan.choices import choose_activation_checkpointing, choose_dtype, choose_stage
+from distft.plan.hardware import Hardware, peak_flops
+
+SLOW_CPU = Hardware("cpu", "an old CPU", fast_bf16=False)
+FAST_CPU = Hardware("cpu", "a new CPU", fast_bf16=True)
+
+sizes = st.integers(1, 40)
+
+
+@given(batch=sizes, world=st.integers(1, 9), micro=st.integers(1, 12), rows=st.integers(1, 40))
+def test_every_row_is_in_one_micro_batch_of_one_rank(batch: int, world: int, micro: int, rows: int) -> None:
+    rows = min(rows, batch)
+    plan = BatchPlan.solve(batch, world, micro, 128, "cpu")
+    indices = np.arange(100, 100 + rows)
+    parts = [plan.micro_batches(indices, rank) for rank in range(world)]
+    assert {len(mine) for mine in parts} == {plan.accumulation(rows)}
+    dealt = [part for passes in zip(*parts, strict=True) for part in passes]
+    assert np.concatenate(dealt).tolist() == indices.tolist()
+    assert all(len(part) <= plan.micro_batch_size for part in dealt)
+
+
+@given(batch=sizes, world=st.integers(1, 9), micro=st.integers(1, 12))
+def test_no_pass_is_empty_on_every_rank(batch: int, world: int, micro: int) -> None:
+    plan = BatchPlan.solve(batch, world, micro, 128, "cpu")
+    last = [plan.micro_batches(np.arange(batch), rank)[-1] for rank in range(world)]
+    assert sum(map(len, last)) > 0
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 2), (3, 2)])
+def test_rows_share_a_micro_batch_whatever_the_number_of_workers(world: int, micro: int) -> None:
+    plan = BatchPlan.solve(12, world, micro, 128, "cpu")
+    parts = [part.tolist() for rank in range(world) for part in plan.micro_batches(np.arange(12), rank)]
+    assert sorted(part for part in parts if part) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+
+
+def test_an_uneven_batch_leaves_empty_passes_at_the_end() -> None:
+    plan = BatchPlan.solve(7, 3, 2, 128, "cpu")
+    assert [part.tolist() for part in plan.micro_batches(np.arange(7), 0)] == [[0, 1], [6]]
+    assert [part.tolist() for part in plan.micro_batches(np.arange(7), 1)] == [[2, 3], []]
+    assert plan.accumulation(3) == 1
+
+
+def test_auto_fills_a_pass_with_tokens_and_says_so() -> None:
+    plan = BatchPlan.solve(32, 2, "auto", 512, "cpu")
+    assert plan.micro_batch_size == 4
+    assert "2,048 tokens" in plan.reason
+    assert BatchPlan.solve(32, 2, "auto", 4096, "cpu").micro_batch_size == 1
+
+
+def test_a_micro_batch_is_no_more_than_a_workers_share() -> None:
+    plan = BatchPlan.solve(4, 2, 8, 128, "cpu")
+    assert plan.micro_batch_size == 2
+    assert "share" in plan.reason
+
+
+def test_sizes_must_be_positive() -> None:
+    with pytest.raises(JobError, match=r"train\.micro_batch_size"):
+        BatchPlan.solve(4, 2, 0, 128, "cpu")
+
+
+def test_dtype_follows_the_device_and_gives_the_reason() -> None:
+    assert choose_dtype("auto", FAST_CPU).value == "bf16"
+    slow = choose_dtype("auto", SLOW_CPU)
+    assert slow.value == "fp32"
+    assert "an old CPU" in slow.reason
+    assert choose_dtype("bf16", SLOW_CPU).value == "bf16"
+    with pytest.raises(JobError, match="fp16"):
+        choose_dtype("fp16", FAST_CPU)
+
+
+def test_stage_and_recomputation() -> None:
+    assert choose_stage("auto", 1).value == 0
+    assert choose_stage("auto", 2).value == 2
+    assert choose_stage(3, 1).value == 3
+    assert choose_activation_checkpointing(True).value is True
+    assert choose_activation_checkpointing("auto").value is False
+
+
+def test_peaks_are_looked_up_or_measured() -> None:
+    h100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", fast_bf16=True)
+    assert peak_flops(h100, torch.bfloat16).flops == 989e12
+    measured = peak_flops(Hardware.detect(), torch.float32)
+    assert 1e9 < measured.flops < 1e15

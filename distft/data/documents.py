@@ -367,5 +367,5 @@ def _line(piece: Piece, number: int) -> str:
     if piece.start and number:
         with piece.path.open("rb") as file:
             file.seek(piece.start - 1)
-            before += 0  # the line that runs into the piece is counted as one before it
+            before += file.read(1) != b"\n"  # the line that runs into the piece is counted as one before it
     return f"{piece.path}, line {before + number}"

@@ -19,7 +19,17 @@ from distft.errors import CapacityError
 from distft.model import LossModel
 from distft.world import World
 
-__all__ = ["Engine", "Settings", "broadcast", "consolidate", "device_of", "join", "leave", "missing_build_tools", "open"]
+__all__ = [
+    "Engine",
+    "Settings",
+    "broadcast",
+    "consolidate",
+    "device_of",
+    "join",
+    "leave",
+    "missing_build_tools",
+    "open",
+]
 
 
 def open(model: LossModel, settings: Settings, world: World, kind: Literal["zero", "plain"] = "zero") -> Engine:

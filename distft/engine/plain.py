@@ -37,7 +37,7 @@ class PlainEngine:
             parameter.data = parameter.data.to(settings.dtype)
         self._weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = parameter_groups(model, settings.weight_decay)
-        self._masters = self._weights
+        self._masters: list[Tensor] = list(self._weights)
         if settings.dtype == torch.bfloat16:
             pairs = {weight: weight.detach().float().requires_grad_() for weight in self._weights}
             self._masters = [pairs[weight] for weight in self._weights]
@@ -50,7 +50,7 @@ class PlainEngine:
         self._model.train()
         loss: Tensor = self._model(batch.to(self.device))
         (loss * scale).backward()  # type: ignore[no-untyped-call]
-        if self._masters is not self._weights:
+        if self._settings.dtype == torch.bfloat16:
             self._move_gradients_to_masters()
         return loss.item()
 
@@ -74,7 +74,7 @@ class PlainEngine:
         return norm.item()
 
     def _copy_masters_to_weights(self) -> None:
-        if self._masters is not self._weights:
+        if self._settings.dtype == torch.bfloat16:
             for weight, master in zip(self._weights, self._masters, strict=True):
                 weight.data.copy_(master.data)
 
@@ -104,8 +104,7 @@ class PlainEngine:
         names = {id(weight): name for name, weight in self._model.model.named_parameters()}
         state = {
             "weights": {
-                names[id(weight)]: master.detach()
-                for weight, master in zip(self._weights, self._masters, strict=True)
+                names[id(weight)]: master.detach() for weight, master in zip(self._weights, self._masters, strict=True)
             },
             "optimizer": self._optimizer.state_dict(),
         }

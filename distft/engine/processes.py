@@ -29,7 +29,7 @@ def join(world: World, device: torch.device) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
 

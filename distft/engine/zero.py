@@ -8,7 +8,6 @@ boundaries are set by hand, and the loss is multiplied by the number of ranks.
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import logging
 import warnings
@@ -105,10 +104,11 @@ class ZeroEngine:
                 config=_configuration(settings, device, own_norm=self._own_norm),
                 dist_init_required=False,
             )
-        # Without ZeRO and in bf16 DeepSpeed makes a step of zero gradients to allocate AdamW's state, which then corrects
-        # its bias for one step too many (the loss was 0.7 % off after 20 steps). Remove when FP16_UnfusedOptimizer's
-        # initialize_optimizer_states does not step (0.19.8 does).
-        self._engine.basic_optimizer.state.clear()
+        if settings.stage == 0 and not self._own_norm:
+            # In bf16 without ZeRO, DeepSpeed makes a step of zero gradients to allocate AdamW's state, which corrects
+            # its bias for one step too many from then on (the loss was 0.7 % off after 20 steps). Remove when
+            # FP16_UnfusedOptimizer.initialize_optimizer_states makes no step (0.19.8 does).
+            self._engine.basic_optimizer.state.clear()
         self._engine.checkpoint_engine = self._writer = _ShardWriter()
 
     def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> float:
@@ -187,7 +187,6 @@ class ZeroEngine:
         """See :class:`~distft.engine.protocol.Engine`."""
         self._engine.destroy()
         del self._engine
-        gc.collect()
 
 
 def _optimizer(module: nn.Module, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
@@ -232,7 +231,9 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
     if not files:
         state = _load(shards / MODEL_FILE)["module"]
     elif "zero_stage" not in (first := _load(files[0])["optimizer_state_dict"]):
-        state = _stage_1_bf16(_load(shards / MODEL_FILE), [first, *(_load(f)["optimizer_state_dict"] for f in files[1:])])
+        state = _stage_1_bf16(
+            _load(shards / MODEL_FILE), [first, *(_load(f)["optimizer_state_dict"] for f in files[1:])]
+        )
     else:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints progress
             state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
@@ -249,7 +250,7 @@ def _stage_1_bf16(model: dict[str, Any], optimizers: list[dict[str, Any]]) -> di
     for group, shapes in enumerate(model["param_shapes"]):
         flat = torch.cat([optimizer["single_partition_of_fp32_groups"][group] for optimizer in optimizers])
         sizes = [shape.numel() for shape in shapes.values()]
-        parts = flat[: sum(sizes)].split(sizes)
+        parts = torch.split(flat[: sum(sizes)], sizes)
         state |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
     return state | {name: state[original] for name, original in model["shared_params"].items()}
 

@@ -27,7 +27,7 @@ def prepare(job: Job, listener: Listener = SILENT) -> Data:
     listener.stage("model")
     model = materialise(job.model, job.folder)
     listener.stage("data")
-    data = Data(model, prepare_on_cluster(job, model))
+    data = Data(model, prepare_on_cluster(job, model, listener.progress))
     listener.note(describe(card_of(data)))
     return data
 

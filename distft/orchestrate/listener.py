@@ -14,6 +14,9 @@ class Listener(Protocol):
     def note(self, text: str) -> None:
         """Something that a person should know."""
 
+    def progress(self, done: int, of: int) -> None:
+        """So many parts of the stage are done."""
+
     def record(self, record: dict[str, Any]) -> None:
         """A new line of ``metrics.jsonl``."""
 
@@ -25,6 +28,9 @@ class Silent:
         """Says nothing."""
 
     def note(self, text: str) -> None:
+        """Says nothing."""
+
+    def progress(self, done: int, of: int) -> None:
         """Says nothing."""
 
     def record(self, record: dict[str, Any]) -> None:

@@ -38,7 +38,11 @@ def run(
     """
     from distft.orchestrate.results import evaluate_all, export, sample
 
-    with _running(job, runs, name, resume, listener) as (made, data, nodes):
+    made = run_folder(job, runs or runs_folder(), name, resume)
+    if resume and read_json(made.result)["status"] == "finished":
+        listener.note(f"{made.name} is finished already")
+        return made
+    with _running(job, made, resume, listener) as (data, nodes):
         train_stage(job, made, data, nodes, listener)
         export(made, listener=listener)
         evaluate_all(job, made, data, nodes, listener)
@@ -50,19 +54,17 @@ def train(
     job: Job, *, runs: Path | None = None, name: str | None = None, resume: bool = False, listener: Listener = SILENT
 ) -> Run:
     """Prepares and trains; arguments, result and errors as of :func:`run`."""
-    with _running(job, runs, name, resume, listener) as (made, data, nodes):
+    made = run_folder(job, runs or runs_folder(), name, resume)
+    with _running(job, made, resume, listener) as (data, nodes):
         train_stage(job, made, data, nodes, listener)
-        update_result(made, status="finished")
+        update_result(made, status="trained")
     return made
 
 
 @contextlib.contextmanager
-def _running(
-    job: Job, runs: Path | None, name: str | None, resume: bool, listener: Listener
-) -> Iterator[tuple[Run, Data, list[Node]]]:
-    """A run in progress: its folder, its data and its cluster; ``result.json`` tells how it ended, in any case."""
+def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[tuple[Data, list[Node]]]:
+    """A run in progress: its data and its cluster; ``result.json`` tells how it ended, in any case."""
     began = time.monotonic()
-    made = run_folder(job, runs or runs_folder(), name, resume)
     listener.stage("cluster")
     with connected(job) as nodes:
         check_capacity(workers_of(job), worker_resources(job, nodes), nodes)
@@ -72,7 +74,7 @@ def _running(
         write_json(made.card, card_of(data))
         update_result(made, status="running", reason=None)
         try:
-            yield made, data, nodes
+            yield data, nodes
         except Interrupted as stop:
             update_result(made, status="interrupted", reason=str(stop))
             raise

@@ -88,7 +88,5 @@ class BatchPlan:
             ``accumulation(len(indices))`` arrays; those past the end of the rows are empty.
         """
         size = self.micro_batch_size
-        starts = (
-            (number * self.world_size + rank) * size for number in range(self.accumulation(len(indices)))
-        )
+        starts = ((number * self.world_size + rank) * size for number in range(self.accumulation(len(indices))))
         return [indices[start : start + size] for start in starts]

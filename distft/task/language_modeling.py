@@ -62,22 +62,16 @@ class LanguageModeling:
 
     def encode(self, texts: Sequence[tuple[str, ...]]) -> list[Example]:
         """Each document as the tokenizer's own beginning of text where it adds one, the text, and the end of text."""
-        encoder = _encoder(self.tokenizer_json)
         documents = [text for (text,) in texts]
-        return [
-            self._example(encoder, text, encoding)
-            for text, encoding in zip(documents, encoder.tokenizer.encode_batch(documents), strict=True)
-        ]
+        encoded = _encoder(self.tokenizer_json).encode(documents)
+        return [self._example(ids, token_bytes) for ids, token_bytes in encoded]
 
-    def _example(self, encoder: _Encoder, text: str, encoding: Encoding) -> Example:
-        ids = encoding.ids
+    def _example(self, ids: list[int], token_bytes: NDArray[np.int64]) -> Example:
         if not ids or ids[-1] != self.end_of_text:
             ids = [*ids, self.end_of_text]
         spans, fate = cut(len(ids), self.max_tokens, self.overlong)
-        tokens = np.array(ids, dtype=np.int32)
         end = spans[-1][0] + spans[-1][1] if spans else 0
-        scored = int(encoder.token_bytes(text, encoding, tokens)[1:end].sum()) if spans else 0
-        return Example(tokens, spans, fate, scored)
+        return Example(np.array(ids, dtype=np.int32), spans, fate, int(token_bytes[1:end].sum()))
 
 
 def cut(tokens: int, max_tokens: int, overlong: str) -> tuple[tuple[tuple[int, int], ...], str]:
@@ -113,22 +107,27 @@ class _Encoder:
         self._bytes = _bytes_of_byte_level(self.tokenizer)
         self._adds_special = self.tokenizer.num_special_tokens_to_add(False) > 0
 
-    def token_bytes(self, text: str, encoding: Encoding, ids: NDArray[np.int32]) -> NDArray[np.int64]:
-        """UTF-8 bytes of ``text`` that each token stands for, int64 (T,); the sum is that of the text.
+    def encode(self, texts: Sequence[str]) -> list[tuple[list[int], NDArray[np.int64]]]:
+        """Ids of each text, and the UTF-8 bytes of it that each stands for, int64 (T,), which sum to the text's.
 
-        Byte-level vocabularies tell the bytes of each token. Where these do not add up to the text (it was
-        normalised), and with other vocabularies, the tokenizer's offsets do: a token reaches from where the one
-        before ended to where it ends itself.
+        A byte-level vocabulary tells the bytes of each token, and leaves the tokenizer free not to keep count of
+        offsets, a tenth of its time. Where these bytes do not add up to the text (it was normalised), and with other
+        vocabularies, offsets do: a token reaches from where the one before ended to where it ends itself.
         """
-        total = len(text) if text.isascii() else len(text.encode("utf-8"))
-        if self._bytes is not None:
-            exact = self._bytes[ids]
-            exact[len(encoding) :] = 0
+        if self._bytes is None:
+            encodings = self.tokenizer.encode_batch(list(texts))
+            return [_by_offset(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        result = []
+        for text, encoding in zip(texts, self.tokenizer.encode_batch_fast(list(texts)), strict=True):
+            ids = encoding.ids
+            token_bytes = self._bytes[ids] if ids else np.zeros(0, dtype=np.int64)
             if self._adds_special:
-                exact[np.flatnonzero(encoding.special_tokens_mask)] = 0
-            if int(exact.sum()) == total:
-                return exact
-        return _bytes_by_offset(text, encoding.offsets, len(ids))
+                token_bytes[np.flatnonzero(encoding.special_tokens_mask)] = 0
+            if token_bytes.sum() == (len(text) if text.isascii() else len(text.encode())):
+                result.append((ids, token_bytes))
+            else:
+                result.append(_by_offset(text, self.tokenizer.encode(text)))
+        return result
 
 
 @functools.lru_cache(maxsize=2)
@@ -150,12 +149,12 @@ def _bytes_of_byte_level(tokenizer: Tokenizer) -> NDArray[np.int64] | None:
     return result
 
 
-def _bytes_by_offset(text: str, offsets: Sequence[tuple[int, int]], tokens: int) -> NDArray[np.int64]:
-    ends = np.maximum.accumulate(np.array([end for _, end in offsets] or [0], dtype=np.int64))
+def _by_offset(text: str, encoding: Encoding) -> tuple[list[int], NDArray[np.int64]]:
+    if not len(encoding):
+        return [], np.zeros(0, dtype=np.int64)
+    ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], dtype=np.int64))
     ends[-1] = len(text)
     letters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     widths = 1 + (letters >= 0x80).astype(np.int64) + (letters >= 0x800) + (letters >= 0x10000)
     bytes_until = np.concatenate(([0], np.cumsum(widths)))
-    result = np.zeros(tokens, dtype=np.int64)
-    result[: len(offsets)] = np.diff(bytes_until[ends], prepend=0)[: len(offsets)]
-    return result
+    return encoding.ids, np.diff(bytes_until[ends], prepend=0)

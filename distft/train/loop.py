@@ -147,56 +147,58 @@ def step(training: Training, number: int) -> tuple[Record, bool]:
         NonFiniteLoss: The loss or the gradient norm is not a number, on every rank.
     """
     start = time.perf_counter()
-    engine, plan, rows = training.engine, training.plan, training.rows
-    rank, size = engine.world.rank, engine.world.size
+    engine, rows = training.engine, training.rows
     indices = training.order.step(number - 1)
+    micro_batches = training.plan.micro_batches(indices, engine.world.rank)
     supervised = rows.supervised_tokens(indices)
-    micro_batches = plan.micro_batches(indices, rank)
-    losses = [
-        engine.forward_backward(
-            batch_of(rows, micro_batch, training.pad_id),
-            1.0 / max(1, supervised),
-            last=number_of == len(micro_batches) - 1,
-            seed=micro_batch_seed(training.seed, number, number_of * size + rank),
-        )
-        for number_of, micro_batch in enumerate(micro_batches)
-    ]
+    losses = _losses(training, number, micro_batches, 1.0 / max(1, supervised))
     # One exchange of a few numbers: the loss, whether rank 0 was asked to stop, and each rank's memory in its place.
-    memory = [0.0] * size
-    memory[rank] = float(engine.peak_memory_bytes())
+    memory = [0.0] * engine.world.size
+    memory[engine.world.rank] = float(engine.peak_memory_bytes())
     asked = float(engine.world.is_main and training.stop_requested())
     total, stop, *memory = engine.sum_over_ranks([sum(losses), asked, *memory])
     if not math.isfinite(total):
-        bad = [part for part, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
-        _refuse(training, number, f"the loss is {total}", np.concatenate(engine.gather(np.concatenate([*bad, []]))))
-    learning_rate = training.learning_rate(number)
-    norm = engine.step(learning_rate)
+        mine = [part for part, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
+        bad = [part for parts in engine.gather(mine) for part in parts]
+        _refuse(training, number, f"the loss is {total}", np.concatenate(bad))
+    rate = training.learning_rate(number)
+    norm = engine.step(rate)
     if not math.isfinite(norm):
         _refuse(training, number, f"the gradient norm is {norm}", indices)
-    seconds = time.perf_counter() - start
-    tokens = rows.tokens(indices)
+    seconds, tokens = time.perf_counter() - start, rows.tokens(indices)
     record = {
         "kind": "train",
         "time": time.time(),
         "step": number,
         "steps": training.order.steps,
-        "epoch": min(number * plan.batch_size, training.order.total_rows) / len(rows),
+        "epoch": min(number * training.order.batch_size, training.order.total_rows) / len(rows),
         "loss": total / max(1, supervised),
-        "learning_rate": learning_rate,
+        "learning_rate": rate,
         "grad_norm": norm,
         "rows": len(indices),
         "tokens": tokens,
         "supervised_tokens": supervised,
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "mfu": training.flops_per_token * tokens / seconds / (size * training.peak_flops),
+        "mfu": training.flops_per_token * tokens / seconds / (engine.world.size * training.peak_flops),
         "peak_memory_bytes": int(max(memory)),
-        "world_size": size,
-        "micro_batch_size": plan.micro_batch_size,
+        "world_size": engine.world.size,
+        "micro_batch_size": training.plan.micro_batch_size,
         "accumulation": len(micro_batches),
         "sample_digest": sample_digest(rows.ids[indices].tolist()),
     }
     return record, stop > 0
+
+
+def _losses(training: Training, number: int, micro_batches: list[Indices], scale: float) -> list[float]:
+    """Runs this rank's passes of a step; the loss sum of each."""
+    engine, last = training.engine, len(micro_batches) - 1
+    losses = []
+    for turn, indices in enumerate(micro_batches):
+        batch = batch_of(training.rows, indices, training.pad_id)
+        seed = micro_batch_seed(training.seed, number, turn * engine.world.size + engine.world.rank)
+        losses.append(engine.forward_backward(batch, scale, last=turn == last, seed=seed))
+    return losses
 
 
 def validate(training: Training, number: int) -> float:
@@ -207,8 +209,8 @@ def validate(training: Training, number: int) -> float:
     passes = math.ceil(math.ceil(len(rows) / engine.world.size) / size)
     start = time.perf_counter()
     total = 0.0
-    for number_of in range(passes):
-        batch = batch_of(rows, mine[number_of * size : (number_of + 1) * size], training.pad_id)
+    for turn in range(passes):
+        batch = batch_of(rows, mine[turn * size : (turn + 1) * size], training.pad_id)
         total += float(engine.losses(batch).double().sum())
     supervised = rows.supervised_tokens(np.arange(len(rows)))
     loss = engine.sum_over_ranks([total])[0] / max(1, supervised)
@@ -240,7 +242,7 @@ def micro_batch_seed(seed: int, number: int, micro_batch: int) -> int:
 
 def _refuse(training: Training, number: int, problem: str, indices: Indices) -> None:
     """Ends the run on every rank; the weights that this step would have made are in no checkpoint."""
-    names = training.names(indices.astype(np.int64))
+    names = training.names(indices)
     training.reporter.event(event("failed", number, f"{problem}, in rows of {names}"))
     raise NonFiniteLoss(
         f"{problem}; the rows are of {names}",

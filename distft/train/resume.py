@@ -46,7 +46,9 @@ def restore(engine: Engine, root: Path, state: State, *, resume: bool) -> tuple[
         )
     if checkpoint is None:
         if problems:
-            raise CheckpointError("; ".join(problems), fix="no other checkpoint is left: start again with another --name")
+            raise CheckpointError(
+                "; ".join(problems), fix="no other checkpoint is left: start again with another --name"
+            )
         return Progress(), []
     _check_same(checkpoint.state, state)
     if engine.world.is_main:

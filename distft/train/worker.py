@@ -152,9 +152,7 @@ def _state(job: Job, world: World, choices: Choices, prepared: Prepared) -> Stat
     )
 
 
-def _start(
-    job: Job, run: Run, training: Training, choices: Choices, prepared: Prepared, *, resume: bool
-) -> Progress:
+def _start(job: Job, run: Run, training: Training, choices: Choices, prepared: Prepared, *, resume: bool) -> Progress:
     """Where to begin; says so, after making sure that the checkpoints to come fit their budget."""
     engine = training.engine
     check_budget(job.checkpoint.budget_bytes, engine.state_bytes(), validated=len(training.validation) > 0)
@@ -163,12 +161,15 @@ def _start(
     progress, problems = restore(engine, checkpoints_folder(job, run), state, resume=resume)
     for problem in problems:
         training.reporter.event(event("damaged", progress.step, problem))
-    share = f"{training.order.steps:,} steps on {engine.world.size} workers, ZeRO {choices.stage.value}, {choices.dtype.value}"
+    what = f"ZeRO {choices.stage.value}, {choices.dtype.value}"
+    share = f"{training.order.steps:,} steps on {engine.world.size} workers, {what}"
     if not before:
         training.reporter.event(event("start", progress.step, share))
     else:
         name = "resume" if before[-1]["event"] == "interrupted" else "restart"
-        where = f"from the checkpoint of step {progress.step:,}" if progress.step else "from the beginning: no checkpoint"
+        where = (
+            f"from the checkpoint of step {progress.step:,}" if progress.step else "from the beginning: no checkpoint"
+        )
         training.reporter.event(event(name, progress.step, f"{where}; {share}"))
     return progress
 

@@ -26,7 +26,7 @@ FP32 = [
     (3, 0, 4), (3, 1, 1), (3, 2, 2), (3, 3, 1),
 ]  # fmt: skip
 BF16 = [(2, 0, 2), (2, 1, 1), (2, 2, 2), (2, 3, 4), (3, 2, 1)]
-DROPOUT = [(1, 2, 2), (2, 3, 2), (3, 0, 2)]
+DROPOUT = [(2, 3, 2), (3, 0, 2)]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def test_invariant_2_loss(
 ) -> None:
     compared = [one for one in ALL if one.kind == "zero" and (one.dtype, one.model) == (dtype, reference.model)]
     differences = {one.name: furthest(curves[one], curves[reference], column) for one in compared}
-    assert len(differences) >= 3
+    assert len(differences) >= 2
     assert max(differences.values()) < tolerance, differences
 
 
@@ -129,7 +129,7 @@ class Gone(Exception):
 
 
 class Until(FileReporter):
-    """Reports, and ends the process or the run after step 13."""
+    """Reports, and ends the process or the run after step 8."""
 
     def __init__(self, run: Run, *, is_main: bool, kill: bool) -> None:
         super().__init__(run, is_main=is_main, tensorboard=False)
@@ -137,7 +137,7 @@ class Until(FileReporter):
 
     def train(self, record: Record) -> None:
         super().train(record)
-        if record["step"] == 13:
+        if record["step"] == 8:
             if self._kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise Gone
@@ -148,7 +148,7 @@ def train_same(folder: str, suffix: str, end: str) -> None:
     home = Path(folder)
     for one in SAME:
         name = f"{suffix}-{one.name}"
-        settings = [*one.settings(), "checkpoint.every={steps: 5}"]
+        settings = [*one.settings(), "train.epochs=null", "train.steps=12", "checkpoint.every={steps: 6}"]
         if end != "broken":
             tiny.train(home, name, *settings, resume=end == "resumed")
             continue
@@ -160,10 +160,11 @@ def train_same(folder: str, suffix: str, end: str) -> None:
 def test_invariant_2_same_digits_twice_and_after_a_kill(home: Path) -> None:
     run_ranks(train_same, 2, str(home), "a", "whole")
     run_ranks(train_same, 2, str(home), "b", "broken", expect=-signal.SIGKILL)
-    assert len(tiny.curve(home, f"b-{SAME[-1].name}")) == 13
+    assert len(tiny.curve(home, f"b-{SAME[-1].name}")) == 8
     run_ranks(train_same, 2, str(home), "b", "resumed")
     for one in SAME:
         whole, resumed = (tiny.curve(home, f"{suffix}-{one.name}") for suffix in ("a", "b"))
+        assert len(whole) == len(resumed) == 12
         for column in ("loss", "grad_norm", "sample_digest", "learning_rate"):
             assert [step[column] for step in whole] == [step[column] for step in resumed], (one, column)
 
@@ -188,9 +189,7 @@ def empty_batches(folder: str) -> list[list[Any]]:
         for batches in ([real], [unsupervised, real, Batch.empty(1)], [unsupervised, Batch.empty(1)]):
             model = LossModel(load_model(Path(folder) / "model", torch.float32))
             engine = engines.open(model, engines.Settings(stage=stage), world)
-            losses = [
-                engine.forward_backward(batch, 1 / 92, last=batch is batches[-1], seed=0) for batch in batches
-            ]
+            losses = [engine.forward_backward(batch, 1 / 92, last=batch is batches[-1], seed=0) for batch in batches]
             norm = engine.step(1e-3)
             after = float(engine.losses(real).sum())
             found.append([stage, losses, norm, after])

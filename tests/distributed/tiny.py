@@ -13,11 +13,17 @@ from distft.train import Outcome
 from distft.train.reporter import Reporter
 from distft.world import World
 
-WORDS = "the people of our union shall build roads and schools while peace with all nations holds".split()
+WORDS = ["the", "people", "of", "our", "union", "shall", "build", "roads", "and", "schools", "in", "peace"]
 
 
-def make_model(folder: Path, dropout: float = 0.0) -> None:
-    """Two layers, hidden 32, bytes as its vocabulary, tied embeddings; written as a Hugging Face folder."""
+def make_model(folder: Path, *, dropout: float = 0.0, poison: str | None = None) -> None:
+    """Two layers, hidden 32, bytes as its vocabulary; written as a Hugging Face folder.
+
+    Args:
+        folder: Where.
+        dropout: Of attention.
+        poison: A character whose embedding is not a number; the embeddings are tied where there is none.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,22 +43,26 @@ def make_model(folder: Path, dropout: float = 0.0) -> None:
         num_key_value_heads=2,
         vocab_size=len(vocabulary),
         max_position_embeddings=128,
-        tie_word_embeddings=True,
+        tie_word_embeddings=poison is None,
         attention_dropout=dropout,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    if poison is not None:
+        model.get_input_embeddings().weight.data[vocabulary[poison]] = float("nan")
+    model.save_pretrained(folder)
     fast.save_pretrained(folder)
 
 
 def make_corpus(path: Path, documents: int = 90) -> None:
-    """Documents of 5 to 400 characters, one a line."""
+    """Documents of 5 to 400 characters, one a line; that of line 8 alone has a "~"."""
     draw = random.Random(3)
     with path.open("w", encoding="utf-8") as file:
         for number in range(documents):
-            text = f"{number}: " + " ".join(draw.choices(WORDS, k=draw.choice([1, 3, 8, 20, 60])))
+            words = draw.choices(WORDS, k=draw.choice([1, 3, 8, 20, 60]))
+            text = " ".join([f"{number}{'~' if number == 7 else ':'}", *words])
             file.write(json.dumps({"text": text}) + "\n")
 
 
@@ -61,6 +71,7 @@ def make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder / "model")
     make_model(folder / "dropout", dropout=0.2)
+    make_model(folder / "poisoned", poison="~")
     make_corpus(folder / "corpus.jsonl")
 
 

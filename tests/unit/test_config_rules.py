@@ -38,6 +38,7 @@ def test_the_job_these_tests_change_is_good():
 CLASHES = [
     (["train.steps=10", "train.epochs=2"], "train.steps", "stands beside train.epochs; keep one of the two"),
     (["train.epochs=null"], "train.epochs", "neither epochs nor steps is given"),
+    (["data.splits.validation=0", "train.patience=3"], "train.patience", "no validation split to watch"),
     (["data.splits={validation: 0.6, test: 0.4}"], "data.splits", "leave nothing to train on"),
     (["train.batch_size=8", "train.micro_batch_size=16"], "train.micro_batch_size", "16 rows on one worker"),
     (["task.preset=chat"], "task.preset", "means nothing for language_modeling; only generation has it"),
@@ -81,7 +82,6 @@ UNBUILT_CLASHES = [
     (["task={kind: generation, prompt: p}"], "task.prompt", "stands without task.response"),
     (["task={kind: generation, text: body}"], "task.text", "means nothing for generation"),
     (["task.kind=classification", "data.overlong=split"], "data.overlong", "cannot be split"),
-    (["data.splits.validation=0", "train.patience=3"], "train.patience", "no validation split to watch"),
     (["serve.replicas={min: 3, max: 2}"], "serve.replicas", "min 3 is above max 2"),
     (["data.source={train: a.txt, validation: b.txt, test: c.txt}", "data.splits.test=0.2"], "data.splits", "already"),
     (
@@ -127,8 +127,6 @@ NOT_BUILT = [
     *[(f"data.source=data/*.{kind}", "data.source") for kind in ("json", "csv", "tsv", "arrow", "jsonl.gz", "txt.zst")],
     *[(f"data.source={kind}://bucket/rows.jsonl", "data.source") for kind in ("s3", "gs", "hf")],
     ("data.source=[a.txt, b.csv]", "data.source"),
-    ("data.splits.validation=0", "data.splits.validation"),
-    ("data.splits.test=0", "data.splits.test"),
     ("zero={stage: 3, offload: nvme}", "zero.offload"),
     ("cluster.workers={min: 1, max: 4}", "cluster.workers"),
     ("checkpoint.storage=s3://bucket/runs", "checkpoint.storage"),

@@ -194,6 +194,8 @@ def test_units_of_work_may_be_done_in_any_order(
     one_job = job(tmp_path, ["*.jsonl", "*.parquet"])
     plain = contents(prepare(one_job, model_folder))
     assert len([name for name in plain if name.startswith("tokens-")]) > 5
+    table = pa.ipc.open_file(pa.BufferReader(plain["documents.arrow"])).read_all()
+    assert table["row"].to_pylist() == [*range(1, 101), *range(1, 61)]
     shutil.rmtree(tmp_path / "cache")
 
     def backwards(planned: Sequence[Any], do: Any) -> Any:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_model_loss import CONFIGS, SHAPE, VOCABULARY
-from test_model_tokenizer import SMOLLM2, tokenizer
 from tokenizers import pre_tokenizers
 
 from distft.config.sections import ModelSection
 from distft.errors import CapacityError, DataError
 from distft.model import load_model, load_tokenizer, materialise
+
+from .tiny_models import CONFIGS, SHAPE, SMOLLM2, VOCABULARY, tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from test_model_loss import CONFIGS
-from test_model_tokenizer import tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distft.errors import JobError, RunError
 from distft.model import generate
+
+from .tiny_models import CONFIGS, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,34 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distft.model import Batch, LossModel, cross_entropy, flops_per_token
 from distft.model.cross_entropy import LossHead
 
-VOCABULARY = 97
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-WINDOWED = {**SHAPE, "head_dim": 8, "sliding_window": 4}
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "llama": lambda: transformers.LlamaConfig(**SHAPE),
-    "llama-tied": lambda: transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    ),
-    "qwen2": lambda: transformers.Qwen2Config(**SHAPE),
-    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=8),
-    "gemma2": lambda: transformers.Gemma2Config(**WINDOWED, query_pre_attn_scalar=8),
-    "gemma3": lambda: transformers.Gemma3TextConfig(
-        **WINDOWED, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
-    ),
-    "neox": lambda: transformers.GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}),
-}
+from .tiny_models import CONFIGS, VOCABULARY
 
 
 @dataclass(frozen=True)

@@ -8,34 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from distft.errors import DataError
 from distft.model import end_of_text_id, load_tokenizer, pad_id, stop_ids, token_bytes
 
+from .tiny_models import SMOLLM2, tokenizer
 
-def tokenizer(special: list[str], *, template: str | None = None, **roles: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges; the special tokens get the first ids."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*special, *letters])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
-    made.chat_template = template
-    return made
-
-
-SMOLLM2 = {
-    "special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "template": "<|im_start|>{{ m }}<|im_end|>",
-    "bos_token": "<|im_start|>",
-    "eos_token": "<|im_end|>",
-    "pad_token": "<|im_end|>",
-    "unk_token": "<|endoftext|>",
-}
 CASES = {  # name: (tokenizer, end of text, pad, stops)
     "smollm2-instruct, as published": (SMOLLM2, 0, 0, [0, 2]),
     "gpt2": ({"special": ["<|endoftext|>"], "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}, 0, 0, [0]),

@@ -105,13 +105,12 @@ def test_bytes_of_tokens_sum_to_the_text(kind: str, text: str) -> None:
     from distft.task import language_modeling as module
 
     encoder = module._Encoder(KINDS[kind].to_str())
-    encoding = encoder.tokenizer.encode(text)
-    ids = np.array([*encoding.ids, 0], dtype=np.int32)
-    counted = encoder.token_bytes(text, encoding, ids)
-    assert counted.sum() == len(text.encode()) or not encoding.ids
+    ((ids, counted),) = encoder.encode([text])
+    assert ids == encoder.tokenizer.encode(text).ids
+    assert counted.sum() == len(text.encode()) or not ids
+    assert len(counted) == len(ids)
     assert (counted >= 0).all()
-    assert counted[-1] == 0
-    if encoding.ids[:1] == [1]:
+    if ids[:1] == [1]:
         assert counted[0] == 0
 
 
@@ -120,6 +119,12 @@ def test_bytes_of_a_byte_level_token_are_exact_where_offsets_are_not(kind: str) 
     (example,) = task(kind).encode([(" the 🙂",)])
     first = 0 if kind == "begin" else len(KINDS[kind].decode([int(example.ids[0])]).encode())
     assert example.scored_bytes == len(" the 🙂".encode()) - first
+
+
+def test_a_cut_within_a_character_is_counted_in_bytes() -> None:
+    (example,) = task("begin", max_tokens=3, overlong="truncate").encode([("ꙮꙮ",)])
+    assert len(example.ids) == 1 + 6 + 1
+    assert example.scored_bytes == 2
 
 
 def test_scored_bytes_leave_out_what_is_no_target() -> None:

@@ -1,0 +1,272 @@
+"""The whole way through the command line, on a real Ray cluster with two ZeRO workers and a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from distft.runs import read_json, read_lines, training_curve
+from tests.distributed import tiny
+from tests.support import ROOT, free_port
+
+pytestmark = pytest.mark.ray
+
+JOB = """\
+model: {source: ./model, dtype: fp32}
+task: {kind: language_modeling}
+data:
+  source: ./corpus.jsonl
+  splits: {validation: 0.1, test: 0.1}
+  max_tokens: 32
+  overlong: split
+train: {steps: 300, batch_size: 8, learning_rate: 1e-3, validate_every: {steps: 100}}
+checkpoint: {every: {steps: 20}}
+cluster: {workers: 2}
+"""
+
+
+class Home:
+    """A folder with a tiny model, a corpus and a job, and a Ray cluster to run it on."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self.folder = folder
+        self.address = address
+        self.job = folder / "tiny.yaml"
+        self.environment = {
+            **os.environ,
+            "DISTFT_CACHE": str(folder / "cache"),
+            "DISTFT_RUNS": str(folder / "runs"),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "distft", *words]
+        if words[0] in ("run", "train", "prepare"):
+            command += ["--set", f"cluster.address={self.address}"]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment, cwd=self.folder
+        )
+
+    def distft(self, *words: str, status: int = 0, timeout: float = 300) -> tuple[str, str]:
+        process = self.start(*words)
+        output, errors = process.communicate(timeout=timeout)
+        assert process.returncode == status, f"{words} ended with {process.returncode}\n{output}\n{errors}"
+        return output, errors
+
+    def curve(self, name: str) -> list[dict[str, Any]]:
+        return training_curve(self.folder / "runs" / name / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """One cluster for the module, with a temporary folder and ports of its own, ended at the end."""
+    from ray.cluster_utils import Cluster
+
+    folder = tmp_path_factory.mktemp("home")
+    tiny.make(folder)
+    (folder / "tiny.yaml").write_text(JOB)
+    with_temp = tmp_path_factory.mktemp("r")  # short: Ray's socket paths must stay under 108 bytes
+    head = {"num_cpus": 4, "include_dashboard": False, "temp_dir": str(with_temp)}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield Home(folder, cluster.address)
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def finished(home: Home) -> Path:
+    """A run that went the whole way; its terminal output lies beside it."""
+    output, errors = home.distft("run", "tiny.yaml")
+    folder = home.folder / "runs" / "tiny"
+    (folder / "output.txt").write_text(output)
+    (folder / "errors.txt").write_text(errors)
+    return folder
+
+
+def digits(curve: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(line["step"], line["loss"], line["grad_norm"], line["sample_digest"]) for line in curve]
+
+
+def test_a_run_leaves_what_the_contract_names(home: Home, finished: Path) -> None:
+    assert (finished / "job.yaml").read_text() == JOB
+    result, scores = read_json(finished / "result.json"), read_json(finished / "evaluation.json")
+    assert result["status"] == "finished"
+    assert result["step"] == 300
+    assert result["best_step"] in (100, 200, 300)
+    assert result["restarts"] == 0
+    assert result["wall_seconds"] > 0
+    for kind in ("base", "best", "difference"):
+        assert set(scores[kind]["test"]["perplexity"]) == {"value", "low", "high", "n"}
+    used = read_json(finished / "data" / "card.json")["rows"]["validation"]
+    assert scores["best"]["validation"]["loss"]["n"] == used["kept"] + used["split"]
+    assert read_json(finished / "resolved.json")["decisions"]["zero.stage"]["value"] == 2
+    assert read_json(finished / "environment.json")["versions"]["deepspeed"]
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_invariant_6_each_look_at_the_test_split_is_recorded(finished: Path) -> None:
+    looks = [look["model"] for look in read_json(finished / "result.json")["test_looks"]]
+    assert looks[:2] == ["base", "best"]
+
+
+def test_the_metrics_have_the_fields_of_the_contract(home: Home, finished: Path) -> None:
+    fields = (
+        "epoch loss learning_rate grad_norm rows tokens supervised_tokens step_seconds tokens_per_second mfu "
+        "peak_memory_bytes world_size micro_batch_size accumulation sample_digest"
+    )
+    curve = home.curve("tiny")
+    assert [line["step"] for line in curve] == list(range(1, 301))
+    for line in curve:
+        assert set(fields.split()) <= set(line)
+        assert line["world_size"] == 2
+    kinds = [line["kind"] for line in read_lines(finished / "metrics.jsonl")]
+    assert kinds.count("validation") == 3
+    events = [line["event"] for line in read_lines(finished / "metrics.jsonl") if line["kind"] == "event"]
+    assert events[0] == "start"
+    assert {"checkpoint", "best", "finished"} <= set(events)
+
+
+def test_the_end_of_a_run_is_for_people(finished: Path) -> None:
+    output = (finished / "output.txt").read_text()
+    assert "Test split" in output
+    assert "difference (paired)" in output
+    assert "Next" in output
+    assert len(output.splitlines()) < 60
+    assert (finished / "errors.txt").read_text() == ""
+
+
+def test_the_export_loads_without_us(finished: Path) -> None:
+    code = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+inputs = tokenizer("peace with", return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+assert "distft" not in sys.modules
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(finished / "export")], capture_output=True, text=True, cwd="/", check=True
+    )
+    assert ran.stdout
+    assert (finished / "export" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    assert "distft" in (finished / "export" / "README.md").read_text()
+
+
+def test_generate_is_the_exported_model(home: Home, finished: Path) -> None:
+    once, _ = home.distft("generate", "tiny", "--prompt", "peace with", "--max-new-tokens", "8")
+    again, _ = home.distft("generate", str(finished), "--prompt", "peace with", "--max-new-tokens", "8")
+    assert once == again
+    assert once.strip()
+
+
+def test_the_name_of_a_run_is_taken_once(home: Home, finished: Path) -> None:
+    _, errors = home.distft("run", "tiny.yaml", status=2)
+    assert "exists already" in errors
+    assert "--resume" in errors
+    output, _ = home.distft("run", "tiny.yaml", "--resume")
+    assert "finished already" in output
+    _, errors = home.distft("train", "tiny.yaml", "--resume", "--set", "train.learning_rate=1e-2", status=2)
+    assert "changed since this run began, in: train" in errors
+
+
+def test_ray_and_torchrun_give_the_same_digits(home: Home, finished: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "distft.train", "tiny.yaml", "--name", "torchrun"]
+    subprocess.run(command, check=True, env=home.environment, cwd=home.folder, capture_output=True, timeout=300)
+    assert digits(home.curve("torchrun")) == digits(home.curve("tiny"))
+
+
+def test_ctrl_c_checkpoints_and_resume_goes_on_digit_for_digit(home: Home, finished: Path) -> None:
+    process = home.start("train", "tiny.yaml", "--name", "stopped")
+    metrics = home.folder / "runs" / "stopped" / "metrics.jsonl"
+    wait_for(lambda: len(training_curve(metrics)) >= 2, process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, output + errors
+    assert "--resume" in errors
+    result = read_json(metrics.with_name("result.json"))
+    assert result["status"] == "interrupted"
+    assert 2 <= result["step"] < 300
+    home.distft("train", "tiny.yaml", "--name", "stopped", "--resume")
+    assert digits(home.curve("stopped")) == digits(home.curve("tiny"))
+
+
+def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(home: Home, finished: Path) -> None:
+    process = home.start("train", "tiny.yaml", "--name", "killed", "--set", "cluster.max_failures=1")
+    folder = home.folder / "runs" / "killed"
+    wait_for(lambda: (folder / "checkpoints" / "step-000040" / "COMPLETE").exists(), process)
+    victims = [worker for worker in psutil.process_iter(["pid", "name", "cmdline"]) if holds(worker, folder)]
+    assert victims, "no worker process has the run's log open"
+    victims[0].kill()
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, output + errors
+    assert digits(home.curve("killed")) == digits(home.curve("tiny"))
+    assert read_json(folder / "result.json")["restarts"] == 1
+
+
+def test_more_workers_than_the_cluster_holds(home: Home) -> None:
+    _, errors = home.distft("train", "tiny.yaml", "--name", "many", "--set", "cluster.workers=99", status=4)
+    assert "99 workers" in errors
+    assert "holds 4" in errors
+    assert not (home.folder / "runs" / "many").exists()
+
+
+def test_wrong_data_is_refused_before_workers_start(home: Home) -> None:
+    (home.folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    _, errors = home.distft("train", "tiny.yaml", "--name", "x", "--set", "data.source=./broken.jsonl", status=3)
+    assert "broken.jsonl" in errors
+    assert "line 2" in errors
+    _, errors = home.distft("prepare", "tiny.yaml", "--set", "task.text=body", status=3)
+    assert "body" in errors
+    assert "text" in errors
+    _, errors = home.distft("prepare", "tiny.yaml", "--set", "data.overlong=error", status=3)
+    assert "p95" in errors
+    assert not (home.folder / "runs" / "x").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(home: Home) -> None:
+    settings = ("train.learning_rate=1e30", "train.max_grad_norm=null", "checkpoint.every.steps=1")
+    options = [word for setting in settings for word in ("--set", setting)]
+    _, errors = home.distft("train", "tiny.yaml", "--name", "nan", *options, status=5)
+    assert "step" in errors
+    assert "corpus.jsonl" in errors
+    assert "Traceback" not in errors
+    assert read_json(home.folder / "runs" / "nan" / "result.json")["status"] == "failed"
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"it ended first\n{process.communicate()}"
+        assert time.monotonic() < end, "it did not come in time"
+        time.sleep(0.02)
+
+
+def holds(process: psutil.Process, folder: Path) -> bool:
+    """Whether a process of this machine writes to a rank's log of the run."""
+    try:
+        return any(
+            Path(f"/proc/{process.pid}/fd/{number}").readlink().is_relative_to(folder / "logs") for number in (1, 2)
+        )
+    except OSError:
+        return False
+
+
+def test_json_output_is_one_document(home: Home, finished: Path) -> None:
+    output, _ = home.distft("check", "tiny.yaml", "--json")
+    assert json.loads(output)["settings"]["train"]["steps"] == 300
+    output, _ = home.distft("prepare", "tiny.yaml", "--json")
+    assert json.loads(output)["fingerprint"]

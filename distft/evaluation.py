@@ -52,13 +52,6 @@ class Estimate:
     n: int
 
 
-def sampled_rows(rows: int, samples: int, seed: int) -> np.ndarray:
-    """Which rows of a split are scored: all, or ``samples`` of them drawn by ``seed``, the same for every model."""
-    if rows <= samples:
-        return np.arange(rows)
-    return np.sort(np.random.default_rng(seed).choice(rows, size=samples, replace=False))
-
-
 def score(
     model_folder: Path,
     rows: Rows,

@@ -102,3 +102,10 @@ def sample_digest(row_ids: Iterable[int]) -> str:
     """32 hex digits that stand for the ordered ids of a step's rows."""
     ids = np.fromiter(row_ids, dtype="<u8")
     return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+
+
+def sampled_rows(rows: int, samples: int, seed: int) -> NDArray[np.int64]:
+    """Which rows of a split are scored: all, or ``samples`` of them drawn by ``seed``, the same for every model."""
+    if rows <= samples:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng(seed).choice(rows, size=samples, replace=False))

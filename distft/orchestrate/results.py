@@ -13,6 +13,7 @@ from distft import evaluation
 from distft import model as models
 from distft.checkpoint import best, checkpoints_folder, complete
 from distft.config import Job
+from distft.data.order import sampled_rows
 from distft.data.store import Prepared
 from distft.errors import CheckpointError, JobError
 from distft.export import export as write_export
@@ -83,7 +84,7 @@ def _score(job: Job, run: Run, data: Data, nodes: list[Node], compared: list[str
     rows = Prepared.open(data.prepared).rows(split)
     if not len(rows):
         raise JobError(f"the job has no {split} split", where=f"data.splits.{split}", fix="give it a share above 0")
-    indices = evaluation.sampled_rows(len(rows), job.evaluate.samples, job.seed)
+    indices = sampled_rows(len(rows), job.evaluate.samples, job.seed)
     names = evaluation.METRICS if job.evaluate.metrics == "default" else job.evaluate.metrics
     if split == "test":
         looks = [{"time": time.time(), "model": model} for model in compared]

@@ -51,7 +51,7 @@ def train(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener)
     if outcome.interrupted:
         raise Interrupted(
             f"stopped at step {outcome.step:,}; its checkpoint is written",
-            fix=f"go on with: distft run {run.job} --name {run.name} --resume",
+            fix=f"go on with the same command and --resume --name {run.name}",
         )
 
 

@@ -36,7 +36,8 @@ class Training:
         plan: How a global batch is divided.
         order: Which rows make up which step.
         rows: The training rows.
-        validation: The validation rows, maybe none.
+        validation: The validation split, maybe empty.
+        validation_rows: Which of its rows are scored: all, or as many as ``evaluate.samples`` allows.
         pad_id: The token that fills short rows of a micro-batch.
         seed: The job's.
         learning_rate: The rate of a step.
@@ -56,6 +57,7 @@ class Training:
     order: Order
     rows: Rows
     validation: Rows
+    validation_rows: Indices
     pad_id: int
     seed: int
     learning_rate: Callable[[int], float]
@@ -202,17 +204,18 @@ def _losses(training: Training, number: int, micro_batches: list[Indices], scale
 
 
 def validate(training: Training, number: int) -> float:
-    """Scores the validation split on all ranks; the loss per supervised token is reported and returned."""
+    """Scores the validation rows on all ranks; the loss per supervised token is reported and returned."""
     engine, rows = training.engine, training.validation
     size = training.plan.micro_batch_size
-    mine = np.arange(engine.world.rank, len(rows), engine.world.size)
-    passes = math.ceil(math.ceil(len(rows) / engine.world.size) / size)
+    scored = training.validation_rows
+    mine = scored[engine.world.rank :: engine.world.size]
+    passes = math.ceil(math.ceil(len(scored) / engine.world.size) / size)
     start = time.perf_counter()
     total = 0.0
     for turn in range(passes):
         batch = batch_of(rows, mine[turn * size : (turn + 1) * size], training.pad_id)
         total += float(engine.losses(batch).double().sum())
-    supervised = rows.supervised_tokens(np.arange(len(rows)))
+    supervised = rows.supervised_tokens(scored)
     loss = engine.sum_over_ranks([total])[0] / max(1, supervised)
     record: dict[str, Any] = {
         "kind": "validation",

@@ -12,7 +12,7 @@ import numpy as np
 from distft import engine as engines
 from distft.checkpoint import State, check_budget, checkpoints_folder, save
 from distft.config import Job
-from distft.data.order import Order
+from distft.data.order import Order, sampled_rows
 from distft.data.store import Prepared, Rows
 from distft.engine import Engine
 from distft.model import DTYPES, LossModel, flops_per_token, load_model, load_tokenizer, pad_id
@@ -129,6 +129,7 @@ def _training(
         order=order,
         rows=rows,
         validation=validation,
+        validation_rows=sampled_rows(len(validation), job.evaluate.samples, job.seed),
         pad_id=pad,
         seed=job.seed,
         learning_rate=lambda step: learning_rate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from distft.runs import read_json, read_lines, training_curve
 from tests.distributed import tiny
@@ -238,13 +240,18 @@ def test_wrong_data_is_refused_before_workers_start(home: Home) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(home: Home) -> None:
-    settings = ("train.learning_rate=1e30", "train.max_grad_norm=null", "checkpoint.every.steps=1")
-    options = [word for setting in settings for word in ("--set", setting)]
-    _, errors = home.distft("train", "tiny.yaml", "--name", "nan", *options, status=5)
-    assert "step" in errors
-    assert "corpus.jsonl" in errors
+    shutil.copytree(home.folder / "model", home.folder / "poisoned")
+    weights = load_file(home.folder / "model" / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, home.folder / "poisoned" / "model.safetensors", metadata={"format": "pt"})
+    _, errors = home.distft("train", "tiny.yaml", "--name", "nan", "--set", "model.source=./poisoned", status=5)
+    assert "step 1" in errors
+    assert "corpus.jsonl:" in errors
     assert "Traceback" not in errors
-    assert read_json(home.folder / "runs" / "nan" / "result.json")["status"] == "failed"
+    result = read_json(home.folder / "runs" / "nan" / "result.json")
+    assert result["status"] == "failed"
+    assert "step 1" in result["reason"]
+    assert not list((home.folder / "runs" / "nan").glob("checkpoints/*/COMPLETE"))
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 180) -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distft.data.order import sampled_rows
 from distft.errors import DataError
-from distft.evaluation import METRICS, DocumentScore, difference, merge, sampled_rows, summarise
+from distft.evaluation import METRICS, DocumentScore, difference, merge, summarise
 
 
 def scores(losses: list[float], tokens: int = 100, length: int = 400) -> list[DocumentScore]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from distft.orchestrate.environment import environment
+from distft.train.environment import environment
 
 
 def provenance(packages: Sequence[str] = ()) -> dict[str, Any]:

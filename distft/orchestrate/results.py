@@ -19,10 +19,10 @@ from distft.errors import CheckpointError, JobError
 from distft.export import export as write_export
 from distft.orchestrate.cluster import Node, connected, worker_resources
 from distft.orchestrate.data import Data, prepare
-from distft.orchestrate.folder import job_of
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.score import score_on_cluster
 from distft.runs import Run, append_line, decision, event, read_json, update_result, write_json
+from distft.train.folder import job_of
 
 
 def export(run: Run, *, to: Path | None = None, step: int | None = None, listener: Listener = SILENT) -> Path:

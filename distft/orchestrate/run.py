@@ -11,10 +11,10 @@ from distft.config import Job
 from distft.errors import Interrupted
 from distft.orchestrate.cluster import Node, check_capacity, connected, worker_resources, workers_of
 from distft.orchestrate.data import Data, card_of, prepare
-from distft.orchestrate.folder import begin, run_folder
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.training import train as train_stage
 from distft.runs import Run, read_json, update_result, write_json
+from distft.train.folder import begin, run_folder
 from distft.world import runs_folder
 
 

@@ -14,10 +14,11 @@ from typing import TypeVar
 
 from distft import engine as engines
 from distft.config import Job
-from distft.errors import DistftError, Interrupted, JobError
+from distft.errors import DistftError, Interrupted
 from distft.model import materialise
-from distft.runs import Run, write_json
+from distft.runs import Run
 from distft.task.prepare import prepare
+from distft.train.folder import begin, run_folder
 from distft.train.outcome import Outcome
 from distft.train.worker import work
 from distft.world import World, runs_folder
@@ -45,12 +46,13 @@ def main() -> int:
 def train(arguments: argparse.Namespace, world: World) -> Outcome:
     """The way of one rank from the job file to the end of training."""
     job = Job.load(arguments.job, arguments.set)
-    run = Run((arguments.runs / (arguments.name or job.name)).resolve())
     device = engines.device_of(world)
     engines.join(world, device)
-    main_first(lambda: begin(job, run, resume=arguments.resume), world, device)
+    run = main_first(lambda: run_folder(job, arguments.runs, arguments.name, arguments.resume), world, device)
     model = main_first(lambda: materialise(job.model, job.folder), world, device)
     prepared = main_first(lambda: prepare(job, model), world, device)
+    if not arguments.resume:
+        main_first(lambda: begin(job, run), world, device)
     _stop_on_signal(run)
     outcome = work(job, world, run, prepared, model, resume=arguments.resume)
     if world.is_main:
@@ -73,25 +75,6 @@ def main_first(work: Callable[[], T], world: World, device: object) -> T:
         raise failure
     result: T = value
     return result
-
-
-def begin(job: Job, run: Run, *, resume: bool) -> None:
-    """Makes a new run's folder, or makes sure that there is one to resume.
-
-    Raises:
-        JobError: The name is taken, or there is nothing to resume.
-    """
-    if run.job.exists() != resume:
-        raise JobError(
-            f"there is no run {run.name!r} to resume" if resume else f"the run {run.name!r} exists already",
-            where=str(run.folder),
-            fix="run it without --resume" if resume else "go on with it (--resume), or give this one another --name",
-        )
-    run.stop_request.unlink(missing_ok=True)
-    if not resume:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_json(run.resolved, {"job": job.dump(), "folder": str(job.folder), "decisions": {}})
-        run.job.write_text(job.text, encoding="utf-8")  # last: its presence makes the folder a run
 
 
 def _stop_on_signal(run: Run) -> None:

@@ -14,9 +14,7 @@ from distft import source
 from distft.errors import DataError, JobError
 
 
-def make_wheel(
-    folder: Path, members: dict[str, bytes], package: str = "tiny_texts", version: str = "1.0"
-) -> Path:
+def make_wheel(folder: Path, members: dict[str, bytes], package: str = "tiny_texts", version: str = "1.0") -> Path:
     """A wheel that pip accepts, without any build tool."""
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{package}-{version}.dist-info"
@@ -119,9 +117,7 @@ def test_a_wheel_is_fetched_once_and_only_what_is_needed_is_unpacked(
     assert [path.name for path in found] == ["a.txt", "b.txt"]
     assert [path.read_bytes() for path in found] == [b"first", b"second"]
     unpacked = {
-        path.name
-        for path in (tmp_path / "cache").rglob("*")
-        if path.is_file() and path.suffix in (".txt", ".py")
+        path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix in (".txt", ".py")
     }
     assert unpacked == {"a.txt", "b.txt"}
     assert list((tmp_path / "cache" / "wheels").glob("tmp*")) == []

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from distft.config import Job
 from distft.errors import JobError
-from distft.orchestrate.environment import environment
 from distft.runs import Run, read_json, write_json
+from distft.train.environment import environment
 
 
 def run_folder(job: Job, runs: Path, name: str | None, resume: bool) -> Run:

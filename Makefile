@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer with venv, a C++ compiler, and nothing else. Every target is safe to repeat.
+# Needs Python 3.11 or newer with venv, and nothing else. Every target is safe to repeat.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,8 +11,6 @@ setup: $(VENV)/.complete
 $(VENV)/.complete: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "distft needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@command -v c++ >/dev/null || \
-		{ echo "DeepSpeed compiles a small extension and needs a C++ compiler. Try: apt-get install g++" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,16 +128,29 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a ``.jsonl`` file, in order; a line cut short by a kill is passed over."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from _records(file)
+
+
+def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a ``.jsonl`` file from byte ``offset`` on, and the offset to go on from."""
     if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        whole = file.read().rpartition(b"\n")
+    return list(_records(whole[0].splitlines())), offset + len(whole[0]) + len(whole[1])
+
+
+def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
 
 
 def training_curve(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +78,14 @@ def summary(run: Run, job: Path) -> str:
         ]
         lines.append("")
     words = " ".join(sample["prompt"].split()[:5]) if sample else "Once upon a time"
+    distft = "distft" if shutil.which("distft") else sys.argv[0]  # an environment that was not activated
     lines += [
         f"Run     {run.folder}",
         f"Model   {run.export}  (loads with transformers' from_pretrained)",
         "",
         "Next",
-        f"  distft generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8",
-        f"  distft evaluate {run.name} --model last",
-        f"  distft run {job} --name {run.name}-longer --set train.steps={3 * result['step']}",
+        f"  {distft} generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8",
+        f"  {distft} evaluate {run.name} --model last",
+        f"  {distft} run {job} --name {run.name}-longer --set train.steps={3 * result['step']}",
     ]
     return "\n".join(lines)

@@ -75,8 +75,8 @@ def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[
         update_result(made, status="running", reason=None)
         try:
             yield data, nodes
-        except Interrupted as stop:
-            update_result(made, status="interrupted", reason=str(stop))
+        except (Interrupted, KeyboardInterrupt) as stop:
+            update_result(made, status="interrupted", reason=str(stop) or "Ctrl-C")
             raise
         except BaseException as error:
             update_result(made, status="failed", reason=str(error) or type(error).__name__)

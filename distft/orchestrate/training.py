@@ -6,18 +6,20 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distft.config import Job
 from distft.errors import Interrupted
 from distft.orchestrate.cluster import Node, worker_resources, workers_of
 from distft.orchestrate.data import Data
 from distft.orchestrate.listener import Listener
-from distft.runs import Run, read_lines, update_result
+from distft.runs import Run, read_lines, read_new_lines, update_result
 from distft.world import cache_folder
+
+T = TypeVar("T")
 
 
 def train(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener) -> None:
@@ -33,9 +35,8 @@ def train(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener)
     assignment = Assignment(
         job, run, data.prepared, data.model, cache_folder().resolve(), threads=max(1, int(need.get("CPU", 1)))
     )
-    with ThreadPoolExecutor(1) as pool, _stop_on_interrupt(run, listener):
-        # In a thread, because Ray Train takes Ctrl-C for itself where fit() has the main one.
-        fitting = pool.submit(fit, assignment, workers_of(job), need)
+    with _stop_on_interrupt(run, listener):
+        fitting = _in_background(lambda: fit(assignment, workers_of(job), need))
         for record in _follow(run.metrics, fitting):
             listener.record(record)
         outcome = fitting.result()
@@ -65,14 +66,30 @@ def _paths(run: Run) -> dict[str, str]:
     }
 
 
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """Does something in a thread of its own: Ray Train takes Ctrl-C for itself where ``fit`` has the main one.
+
+    A daemon thread, unlike an executor's: a second Ctrl-C must not wait for the workers.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 def _follow(path: Path, work: Future[Any]) -> Iterator[dict[str, Any]]:
     """Yields the lines of a ``.jsonl`` file as they are written, from its present end, until ``work`` is done."""
-    seen = sum(1 for _ in read_lines(path))
+    offset = path.stat().st_size if path.exists() else 0
     while True:
         finished = work.done()
-        records = list(read_lines(path))
-        yield from records[seen:]
-        seen = len(records)
+        records, offset = read_new_lines(path, offset)
+        yield from records
         if finished:
             return
         time.sleep(0.25)

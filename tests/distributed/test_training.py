@@ -182,3 +182,17 @@ def test_a_disk_full_on_one_rank_ends_all_without_a_trace(found: dict[str, Any],
     assert "rank 1" in found["full"]["says"]
     assert len(losses(home, "full")) == 4
     assert list(tiny.run_of(home, "full").checkpoints.iterdir()) == []
+
+
+def two_steps(folder: str) -> int:
+    return tiny.train(Path(folder), "bare hands", *SETTINGS, "train.steps=2").step
+
+
+def test_no_compiler_is_needed_on_a_cpu(home: Path, tmp_path: Path) -> None:
+    """DeepSpeed would compile a collective that training never calls: see ``engine/zero.py``."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    built = tmp_path / "extensions"
+    env = {"PATH": str(empty), "TORCH_EXTENSIONS_DIR": str(built)}
+    assert run_ranks(two_steps, 2, str(home), env=env) == [2, 2]
+    assert not built.exists()

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from distft.errors import JobError
-from distft.runs import Run, append_line, read_json, read_lines, training_curve, update_result, write_json
+from distft.runs import (
+    Run,
+    append_line,
+    read_json,
+    read_lines,
+    read_new_lines,
+    training_curve,
+    update_result,
+    write_json,
+)
 
 
 def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path: Path) -> None:
@@ -17,6 +26,22 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path: Path) -> None:
         file.write('{"kind": "train", "st')
     append_line(path, {"kind": "train", "step": 2})
     assert [line["step"] for line in read_lines(path)] == [1, 2]
+
+
+def test_new_lines_are_read_once_and_only_when_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_new_lines(path, 0) == ([], 0)
+    append_line(path, {"step": 1})
+    records, offset = read_new_lines(path, 0)
+    assert records == [{"step": 1}]
+    with path.open("a") as file:
+        file.write('{"step"')
+    assert read_new_lines(path, offset) == ([], offset)
+    with path.open("a") as file:
+        file.write(': 2}\n{"step": 3}\n')
+    records, offset = read_new_lines(path, offset)
+    assert [record["step"] for record in records] == [2, 3]
+    assert offset == path.stat().st_size
 
 
 def test_of_a_step_done_again_the_later_line_stands(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-from safetensors.torch import load_file, save_file
 
 from distft.runs import read_json, read_lines, training_curve
 from tests.distributed import tiny
@@ -240,18 +238,17 @@ def test_wrong_data_is_refused_before_workers_start(home: Home) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(home: Home) -> None:
-    shutil.copytree(home.folder / "model", home.folder / "poisoned")
-    weights = load_file(home.folder / "model" / "model.safetensors")
-    weights["model.norm.weight"].fill_(float("nan"))
-    save_file(weights, home.folder / "poisoned" / "model.safetensors", metadata={"format": "pt"})
-    _, errors = home.distft("train", "tiny.yaml", "--name", "nan", "--set", "model.source=./poisoned", status=5)
-    assert "step 1" in errors
-    assert "corpus.jsonl:" in errors
+    """One document holds a symbol whose embedding is NaN: the run ends there, once, and says so."""
+    options = ["--set", "model.source=./poisoned", "--set", "checkpoint.every.steps=1"]
+    _, errors = home.distft("train", "tiny.yaml", "--name", "nan", *options, status=5)
+    curve = home.curve("nan")
+    assert f"step {len(curve) + 1}:" in errors
+    assert "corpus.jsonl:8" in errors
     assert "Traceback" not in errors
-    result = read_json(home.folder / "runs" / "nan" / "result.json")
-    assert result["status"] == "failed"
-    assert "step 1" in result["reason"]
-    assert not list((home.folder / "runs" / "nan").glob("checkpoints/*/COMPLETE"))
+    folder = home.folder / "runs" / "nan"
+    assert read_json(folder / "result.json")["status"] == "failed"
+    kept = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/*/COMPLETE")]
+    assert max(kept, default=0) == len(curve)
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 180) -> None:

@@ -90,8 +90,7 @@ def _score(job: Job, run: Run, data: Data, nodes: list[Node], compared: list[str
         looks = [{"time": time.time(), "model": model} for model in compared]
         update_result(run, test_looks=read_json(run.result)["test_looks"] + looks)
     report: dict[str, Any] = read_json(run.evaluation) if run.evaluation.exists() else {}
-    scored: dict[str, list[evaluation.DocumentScore]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=run.folder) as temporary:  # where every node sees it
         folders = {model: _model_folder(run, data, model, Path(temporary)) for model in compared}
         results = score_on_cluster(
             list(folders.values()),
@@ -105,8 +104,8 @@ def _score(job: Job, run: Run, data: Data, nodes: list[Node], compared: list[str
         scored = dict(zip(folders, results, strict=True))
     for model, scores in scored.items():
         report.setdefault(model, {})[split] = _as_json(evaluation.summarise(scores, names, job.seed))
-    if len(compared) == 2:
-        change = evaluation.difference(scored[compared[0]], scored[compared[1]], names, job.seed)
+    if {"base", "best"} <= scored.keys():
+        change = evaluation.difference(scored["base"], scored["best"], names, job.seed)
         report.setdefault("difference", {})[split] = _as_json(change)
     write_json(run.evaluation, report)
     return report

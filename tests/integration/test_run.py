@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -170,6 +171,30 @@ def test_generate_is_the_exported_model(home: Home, finished: Path) -> None:
     again, _ = home.distft("generate", str(finished), "--prompt", "peace with", "--max-new-tokens", "8")
     assert once == again
     assert once.strip()
+
+
+def test_evaluate_scores_other_models_and_splits_and_records_its_looks(home: Home, finished: Path) -> None:
+    looks = len(read_json(finished / "result.json")["test_looks"])
+    output, _ = home.distft("evaluate", "tiny", "--split", "validation", "--model", "last", "--json")
+    scores = json.loads(output)
+    assert scores == read_json(finished / "evaluation.json")
+    assert scores["last"]["validation"]["loss"]["value"] < scores["base"]["validation"]["loss"]["value"]
+    result = read_json(finished / "result.json")
+    assert len(result["test_looks"]) == looks  # validation is no look at the test split
+    if result["best_step"] == result["step"]:
+        assert scores["last"]["validation"] == scores["best"]["validation"]
+    _, errors = home.distft("evaluate", "tiny", "--split", "train", status=2)
+    assert "validation, test" in errors
+
+
+def test_export_writes_the_same_model_elsewhere(home: Home, finished: Path) -> None:
+    home.distft("export", "tiny", "--to", "elsewhere")
+    there, here = home.folder / "elsewhere", finished / "export"
+    assert (there / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
+    written = read_json(there / "distft.json")
+    assert written["step"] == read_json(finished / "result.json")["best_step"]
+    for name, sha256 in written["sha256"].items():
+        assert hashlib.sha256((there / name).read_bytes()).hexdigest() == sha256
 
 
 def test_the_name_of_a_run_is_taken_once(home: Home, finished: Path) -> None:

@@ -2,7 +2,8 @@
 
 ``python benchmarks/startup.py`` starts, in turn, ``distft train`` of a tiny job whose data is prepared already, and a
 baseline: a script that starts Ray and a TorchTrainer with as many workers, which import what ours import (torch,
-transformers' Llama, DeepSpeed), meet in a process group, and return. What distft takes beyond the baseline is ours.
+transformers' Llama, DeepSpeed), meet in a process group, and return. It has the settings of Ray that ours has. What
+distft takes beyond the baseline is ours.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from distft.runs import read_lines  # noqa: E402
 from tests.distributed import tiny  # noqa: E402
 
 BASELINE = """
-import logging, os, sys, time
+import importlib, logging, os, sys, threading, time
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 import ray
+threading.Thread(target=importlib.import_module, args=["ray.train.torch"], daemon=True).start()
 ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 print("ray", time.time(), flush=True)
 from ray.train import RunConfig, ScalingConfig

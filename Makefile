@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart launch-data test lint clean
 
 setup: $(VENV)/.complete
 
@@ -20,9 +20,15 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/distft run launch/quickstart.yaml $$(test -e runs/quickstart && echo --name quickstart-$$(date +%Y%m%d-%H%M%S))
 
+# Rows for the other jobs in launch/, from packages of the index and Python's own library.
+launch-data: $(patsubst launch/data/make_%.py,launch/data/%.jsonl,$(wildcard launch/data/make_*.py))
+
+launch/data/%.jsonl: launch/data/make_%.py $(VENV)/.complete
+	$(BIN)/python $< > $@.part && mv $@.part $@
+
 lint: setup
-	$(BIN)/ruff format --check distft tests benchmarks
-	$(BIN)/ruff check distft tests benchmarks
+	$(BIN)/ruff format --check distft tests benchmarks launch
+	$(BIN)/ruff check distft tests benchmarks launch
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -4,6 +4,8 @@
 tasks alone (reading, tokenising, MinHash signatures, writing), which is what ``datasets.map`` is compared with, and the
 whole of preparing (hashing the source, splits, leaks, packing, card, manifest too). ``datasets.map`` gets texts
 that are in its own Arrow file already, and only tokenises and writes.
+
+``python benchmarks/prepare.py --memory`` measures peak memory as the source grows instead (``prepare_memory.py``).
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import prepare_memory  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from distft.config import Job  # noqa: E402
 from distft.data.documents import Unit  # noqa: E402
@@ -39,7 +42,7 @@ def ours(job: Job, model_folder: Path) -> tuple[float, float, int]:
 
     spent: list[float] = []
 
-    def timed(units: Sequence[Unit], do: Callable[[int, Unit], Report]) -> Iterator[Report]:
+    def timed(units: Mapping[int, Unit], do: Callable[[int, Unit], Report]) -> Iterator[Report]:
         start = time.perf_counter()
         yield from on_ray(units, do)
         spent.append(time.perf_counter() - start)
@@ -117,26 +120,35 @@ def measure(job: Job, model_folder: Path, processes: int, repeats: int, scratch:
 
 
 def main() -> None:
-    """Measures and writes ``benchmarks/baselines/prepare.json``."""
+    """Measures and writes ``benchmarks/baselines/prepare.json``, or ``prepare-memory.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", type=Path, default=ROOT / "launch" / "quickstart.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--model-folder", type=Path, help="a Hugging Face folder, instead of the job's model")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "baselines" / "prepare.json")
+    parser.add_argument("--memory", action="store_true", help="peak memory as the source grows")
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.5, 1.5, 5.0], help="with --memory")
+    parser.add_argument("--ray", action="store_true", help="with --memory: on Ray, rather than in one process")
+    parser.add_argument("--to", type=Path)
     arguments = parser.parse_args()
     job = Job.load(arguments.job, arguments.overrides)
     if arguments.model_folder is None:
         from distft.model import materialise
 
         arguments.model_folder = materialise(job.model, job.folder)
-    with tempfile.TemporaryDirectory(prefix="dft") as scratch:
-        result = measure(job, arguments.model_folder, arguments.processes, arguments.repeats, Path(scratch))
-    arguments.to.parent.mkdir(parents=True, exist_ok=True)
-    document = {"provenance": provenance(["datasets", "tokenizers"]), **result}
-    arguments.to.write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps({name: result[name] for name in ("median_seconds", "speedup_over_datasets_map")}, indent=2))
+    name = "prepare-memory.json" if arguments.memory else "prepare.json"
+    target = arguments.to or ROOT / "benchmarks" / "baselines" / name
+    if arguments.memory:
+        processes = arguments.processes if arguments.ray else 0
+        result = prepare_memory.measure(arguments.gigabytes, arguments.model_folder, processes)
+    else:
+        with tempfile.TemporaryDirectory(prefix="dft") as scratch:
+            result = measure(job, arguments.model_folder, arguments.processes, arguments.repeats, Path(scratch))
+        print(json.dumps({name: result[name] for name in ("median_seconds", "speedup_over_datasets_map")}, indent=2))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    packages = ["tokenizers"] if arguments.memory else ["datasets", "tokenizers"]
+    target.write_text(json.dumps({"provenance": provenance(packages), **result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distft.config import Job
-    from distft.orchestrate.results import evaluate, generate
+    from distft.orchestrate.results import evaluate
     from distft.orchestrate.run import run
+    from distft.orchestrate.writing import generate
     from distft.runs import Run
 
 __all__ = ["Job", "Run", "evaluate", "generate", "run"]
@@ -27,7 +28,7 @@ _HOMES = {
     "Job": "distft.config",
     "Run": "distft.runs",
     "evaluate": "distft.orchestrate.results",
-    "generate": "distft.orchestrate.results",
+    "generate": "distft.orchestrate.writing",
     "run": "distft.orchestrate.run",
 }
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.checkpoint import Checkpoint
 from distft.config import Job
-from distft.errors import CheckpointError
+from distft.errors import CheckpointError, JobError
 from distft.runs import write_json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1
+ADAPTER = "adapter"
+"""The folder beside a merged model that holds its adapter alone."""
 
 
 def export(
@@ -27,11 +31,13 @@ def export(
     to: Path,
     *,
     dtype: str,
+    merge: bool = True,
     scores: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the weights of a checkpoint, with tokenizer, generation settings and a model card.
 
-    The folder appears whole or not at all; one that is there already is replaced.
+    It is a whole model: an adapter is merged into it, and lies beside it in ``adapter/`` as well. The folder appears
+    whole or not at all; one that is there already is replaced.
 
     Args:
         job: The job that was run.
@@ -39,35 +45,86 @@ def export(
         checkpoint: Which state of the training to export.
         to: The folder to write.
         dtype: The dtype of the training, "bf16" or "fp32": the weights are those that training computed with.
+        merge: False writes the adapter alone, as peft loads it.
         scores: ``evaluation.json``, where it is known, for the model card.
 
     Returns:
         ``to``.
+
+    Raises:
+        JobError: The adapter is asked for, and there is none.
+        CheckpointError: The checkpoint is of another model.
     """
     from distft.engine import consolidate
-    from distft.model import DTYPES, load_model, load_tokenizer
+    from distft.model import DTYPES, load_tokenizer, pad_id, training_model
 
-    model = load_model(model_folder, DTYPES[dtype], trust_remote_code=job.model.trust_remote_code)
+    if not merge and job.model.adapter is None:
+        raise JobError(
+            "the run has no adapter: all weights were trained",
+            where="--no-merge-adapter",
+            fix="export without it, or train with model.adapter: {kind: lora}",
+        )
+    tokenizer = load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code)
+    pad = pad_id(tokenizer)
+    model = training_model(job, model_folder, DTYPES[dtype], checkpoint.state.labels, pad)
     _load(model, consolidate(checkpoint.folder), checkpoint)
-    model.config.use_cache = True  # off while training
+    with _whole_or_not_at_all(to) as folder:
+        if job.model.adapter is not None:
+            from distft.model.adapter import write_adapter
+
+            write_adapter(model, folder / ADAPTER if merge else folder, job.model.source)
+        if merge:
+            _write_model(job, model, tokenizer, pad, folder)
+        (folder / "README.md").write_text(model_card(job, checkpoint, dtype, scores, merged=merge), encoding="utf-8")
+        for path in _files(folder):
+            path.chmod(0o644)  # safetensors writes 0600; a served folder is read by another user
+        write_json(folder / "distft.json", _certificate(job, checkpoint, dtype, folder))
+    return to
+
+
+@contextmanager
+def _whole_or_not_at_all(to: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the place of ``to`` at the end."""
     temporary = to.with_name(f".{to.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        model.save_pretrained(temporary)
-        load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code).save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(job, checkpoint, dtype, scores), encoding="utf-8")
-        for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors writes 0600; a served folder is read by another user
-        write_json(temporary / "distft.json", _certificate(job, checkpoint, dtype, temporary))
+        yield temporary
         shutil.rmtree(to, ignore_errors=True)
         temporary.rename(to)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return to
+
+
+def _write_model(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pad: int, folder: Path) -> None:
+    """Writes a whole model and its tokenizer, with settings by which transformers does as training did."""
+    from distft.model import stop_ids
+
+    if job.model.adapter is not None:
+        _merge(model)
+    model.config.use_cache = True  # off while training
+    if job.task.kind == "classification":
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)  # by which transformers finds a row's last token
+    if job.task.kind == "generation":
+        stops = stop_ids(tokenizer)
+        settings: Any = model.generation_config  # a base model's stops at the end of a text, not at that of a turn
+        settings.eos_token_id = stops[0] if len(stops) == 1 else stops
+        settings.pad_token_id = pad
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _merge(model: PreTrainedModel) -> None:
+    """Merges in fp32, so that the sum is rounded once."""
+    from distft.model.adapter import merge_adapter
+
+    dtype = model.dtype
+    merge_adapter(model.float())
+    model.to(dtype)
 
 
 def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint's weights into the model; only weights tied to another one may be absent from it.
+    """Puts a checkpoint's weights into the model; absent from it may be frozen ones, and those tied to another one.
 
     Raises:
         CheckpointError: The checkpoint is of another model.
@@ -75,7 +132,11 @@ def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], checkpoint: 
     found = model.load_state_dict(weights, strict=False)
     tied = {id(parameter) for name, parameter in model.named_parameters() if name in weights}
     state = dict(model.named_parameters(remove_duplicate=False))
-    missing = [name for name in found.missing_keys if name in state and id(state[name]) not in tied]
+    missing = [
+        name
+        for name in found.missing_keys
+        if name in state and state[name].requires_grad and id(state[name]) not in tied
+    ]
     if missing or found.unexpected_keys:
         raise CheckpointError(
             f"the weights do not fit the model: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}",
@@ -93,19 +154,32 @@ def _certificate(job: Job, checkpoint: Checkpoint, dtype: str, folder: Path) -> 
         "dtype": dtype,
         "base": job.model.source,
         "task": job.task.kind,
-        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
+        "labels": checkpoint.state.labels,
+        "sha256": {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)},
     }
 
 
-def model_card(job: Job, checkpoint: Checkpoint, dtype: str, scores: dict[str, Any] | None) -> str:
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_card(
+    job: Job, checkpoint: Checkpoint, dtype: str, scores: dict[str, Any] | None, *, merged: bool = True
+) -> str:
     """The model card: what was trained, on what, how well it does, and how to load it."""
     length = f"{job.train.steps:,} steps" if job.train.steps else f"{job.train.epochs:g} epochs"
+    classifies, adapter = job.task.kind == "classification", job.model.adapter
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"library_name: {'transformers' if merged else 'peft'}",
+        f"pipeline_tag: {'text-classification' if classifies else 'text-generation'}",
         f"base_model: {job.model.source}",
-        "tags: [distft]",
+        f"tags: [distft{', lora' if adapter else ''}]",
         "---",
         f"# {job.name}",
         "",
@@ -113,18 +187,48 @@ def model_card(job: Job, checkpoint: Checkpoint, dtype: str, scores: dict[str, A
         f"`{_source(job)}`; the weights of step {checkpoint.step:,}, {dtype}.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("this/folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
+        *_example(job, checkpoint.state.labels, merged=merged),
         "```",
         "",
         f"Training: {length}, global batch of {job.train.batch_size} rows of up to {job.data.max_tokens:,} tokens, "
         f"learning rate {job.train.learning_rate:g} ({job.train.schedule.kind}), seed {job.seed}.",
     ]
+    if adapter is not None:
+        place = f"merged into the weights, and alone in `{ADAPTER}/` for peft" if merged else "to be loaded with peft"
+        lines.append(f"LoRA: rank {adapter.rank}, alpha {adapter.alpha:g}; {place}.")
+    if classifies:
+        lines += ["", f"Labels: {', '.join(f'`{label}`' for label in checkpoint.state.labels)}."]
     if scores:
         lines += ["", "## Scores on the test split", "", *_score_table(scores)]
     return "\n".join(lines) + "\n"
+
+
+def _example(job: Job, labels: list[str], *, merged: bool) -> list[str]:
+    """Code that uses this folder."""
+    classifies = job.task.kind == "classification"
+    kind = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    options = f", num_labels={len(labels)}" if classifies else ""
+    if merged:
+        lines = [
+            f"from transformers import {kind}, AutoTokenizer",
+            "",
+            f'model = {kind}.from_pretrained("this/folder")',
+            'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
+        ]
+    else:
+        lines = [
+            "from peft import PeftModel",
+            f"from transformers import {kind}",
+            "",
+            f'base = {kind}.from_pretrained("{job.model.source}"{options})',
+            'model = PeftModel.from_pretrained(base, "this/folder")',
+        ]
+    if classifies and merged:
+        lines += [
+            'logits = model(**tokenizer(["a text"], padding=True, return_tensors="pt")).logits',
+            "labels = [model.config.id2label[number] for number in logits.argmax(1).tolist()]",
+        ]
+    return lines
 
 
 def _source(job: Job) -> str:
@@ -133,7 +237,8 @@ def _source(job: Job) -> str:
 
 def _score_table(scores: dict[str, Any]) -> list[str]:
     """Base beside tuned, with 95 % intervals, as Markdown."""
-    header = ["| metric | base | tuned | difference |", "|---|---|---|---|"]
+    base = "labels' shares" if "classes" in scores else "base"
+    header = [f"| metric | {base} | tuned | difference |", "|---|---|---|---|"]
     columns = [scores.get(kind, {}).get("test", {}) for kind in ("base", "best", "difference")]
     return header + [
         f"| {name} | " + " | ".join(_cell(column.get(name)) for column in columns) + " |" for name in columns[1]

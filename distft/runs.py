@@ -60,6 +60,11 @@ class Run:
         return self.folder / "evaluation.json"
 
     @property
+    def answers(self) -> Path:
+        """Generation: the first prompts that were scored, with their references and each model's answer."""
+        return self.folder / "answers.jsonl"
+
+    @property
     def export(self) -> Path:
         """The Hugging Face folder."""
         return self.folder / "export"

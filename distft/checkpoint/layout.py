@@ -28,6 +28,7 @@ class State:
         dtype: Type of the weights in training.
         data_fingerprint: Of the prepared data, whose order the step is a place in.
         settings: The job's settings that the curve depends on, by dotted name.
+        labels: The names of a classifier's labels in the order of their numbers.
         best_step: The validated step with the lowest loss, or None.
         best_loss: Its validation loss.
         validations_without_gain: How many validations ago that was.
@@ -39,6 +40,7 @@ class State:
     dtype: str
     data_fingerprint: str
     settings: dict[str, Any] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
     best_step: int | None = None
     best_loss: float | None = None
     validations_without_gain: int = 0

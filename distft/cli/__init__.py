@@ -66,8 +66,17 @@ def check(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def prepare(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None:
+def prepare(
+    job: JobFile,
+    set_: Overrides = None,
+    show: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Show N rows of the training split, and which tokens are targets.")
+    ] = 0,
+    as_json: Json = False,
+) -> None:
     """Make token ids of the data once, cached by content; print the data card."""
+    if show and as_json:
+        raise JobError("--json prints one document and nothing else", where="--show", fix="leave one of the two out")
     from distft.data.store import Prepared
     from distft.orchestrate.cluster import connected
     from distft.orchestrate.data import prepare as prepare_data
@@ -78,8 +87,14 @@ def prepare(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None
         data = prepare_data(loaded, SILENT if as_json else view)
     if as_json:
         _print_json(Prepared.open(data.prepared).card)
-    else:
-        typer.echo(f"\nPrepared rows: {data.prepared}")
+        return
+    if show:
+        from rich.console import Console
+
+        from distft.cli.rows import show as show_rows
+
+        show_rows(data.prepared, data.model, show, Console(highlight=False))
+    typer.echo(f"\nPrepared rows: {data.prepared}")
 
 
 @app.command()
@@ -133,28 +148,31 @@ def evaluate(
 def export(
     run: RunName,
     to: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write [default: RUN/export].")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge-adapter/--no-merge-adapter", help="A whole model, or [RUN/adapter] its LoRA alone.")
+    ] = True,
     runs: Runs = None,
 ) -> None:
     """Write the best model as a Hugging Face folder."""
     from distft.orchestrate.results import export as write
 
     with _view() as view:
-        folder = write(_find(run, runs), to=to, listener=view)
+        folder = write(_find(run, runs), to=to, merge=merge, listener=view)
     typer.echo(folder)
 
 
 @app.command()
 def generate(
     run: RunName,
-    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue, or what a user says; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draw, where temperature > 0.")] = 0,
     model: Annotated[str, typer.Option(help="best or base")] = "best",
     runs: Runs = None,
 ) -> None:
-    """Continue a text with the exported model."""
-    from distft.orchestrate.results import generate as write
+    """Write with the exported model: an answer, put as in training, or the rest of a text."""
+    from distft.orchestrate.writing import generate as write
 
     _one_of("--model", model, ("base", "best"))
     text = sys.stdin.read() if prompt == "-" else prompt

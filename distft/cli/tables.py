@@ -5,17 +5,38 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distft.config import Job
 from distft.runs import Run, read_json
+from distft.task.metrics import METRICS, headline
+from distft.train.folder import job_of
 
-#: Lower is better for each of these.
-TITLES = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss": "loss (nats per token)"}
+#: Metrics whose name says too little.
+TITLES = {
+    "bits_per_byte": "bits per byte",
+    "loss": "loss (nats per token)",
+    "macro_f1": "macro F1",
+    "calibration_error": "calibration error",
+    "bleu": "BLEU (0 to 100)",
+    "chrf": "chrF (0 to 100)",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "stop_rate": "stop rate",
+    "length": "tokens per answer",
+}
+HEADINGS = {"base": "base", "best": "tuned", "last": "last", "difference": "difference (paired)"}
+#: The most classes whose confusion matrix is shown, and the most that have lines of their own.
+MATRIX_CLASSES, LISTED_CLASSES = 8, 20
 
 
 def score_lines(scores: dict[str, Any], split: str) -> list[str]:
-    """Base beside tuned on a split, with 95 % intervals, one line a metric.
+    """Base beside tuned on a split, with 95 % intervals, one line a metric; then a classifier's classes.
 
     Args:
         scores: ``evaluation.json``.
@@ -26,66 +47,134 @@ def score_lines(scores: dict[str, Any], split: str) -> list[str]:
     }
     if not columns:
         return []
-    first = next(iter(columns.values()))
-    n = next(iter(first.values()))["n"]
+    classes = {kind: parts[split] for kind, parts in scores.get("classes", {}).items() if split in parts}
+    headings = HEADINGS | ({"base": "labels' shares"} if classes else {})
+    counts = {name: its["n"] for column in columns.values() for name, its in column.items()}
+    read = max(counts.values())
+    answered = next((counts[name] for name in counts if METRICS[name].answers), read)
+    asked = "" if answered == read else f", {answered} of them answered"
     lines = [
-        f"{split.capitalize()} split, {n} documents, 95 % intervals",
-        f"  {'':<22}" + "".join(f"{HEADINGS[kind]:<28}" for kind in columns),
+        f"{split.capitalize()} split, {read} documents{asked}, 95 % intervals",
+        f"  {'':<24}" + "".join(f"{headings[kind]:<32}" for kind in columns).rstrip(),
     ]
-    for name in first:
-        cells = "".join(f"{cell(column[name]):<28}" for column in columns.values())
-        lines.append(f"  {TITLES.get(name, name):<22}{cells}".rstrip())
+    for name in counts:
+        title = "loss (nats per text)" if classes and name == "loss" else TITLES.get(name, name)
+        cells = "".join(f"{cell(column.get(name)):<32}" for column in columns.values())
+        lines.append(f"  {title:<24}{cells}".rstrip())
+    if any(kind != "base" for kind in classes):
+        lines += class_lines(next(parts for kind, parts in classes.items() if kind != "base"))
     return lines
 
 
-HEADINGS = {"base": "base", "best": "tuned", "last": "last", "difference": "difference (paired)"}
-
-
-def cell(estimate: dict[str, float]) -> str:
-    """``17.31 (16.02 to 18.55)``."""
+def cell(estimate: Mapping[str, float] | None) -> str:
+    """``17.31 (16.02 to 18.55)``; a difference's p-value is in ``evaluation.json``."""
+    if estimate is None:
+        return "-"
     return f"{estimate['value']:.4g} ({estimate['low']:.4g} to {estimate['high']:.4g})"
 
 
-def verdict(scores: dict[str, Any], split: str) -> str:
-    """Whether the tuned model is better, and how sure that is."""
-    change = scores.get("difference", {}).get(split, {}).get("perplexity")
-    if change is None:
+def class_lines(classes: Mapping[str, Any]) -> list[str]:
+    """The per-class table, hardest first where not all fit, and beside it the confusion matrix of a few classes."""
+    labels, matrix = classes["labels"], classes["confusion"]
+    names = list(labels)
+    width = min(24, max(len("label"), *map(len, names)))
+    square = len(names) <= MATRIX_CLASSES
+    shown = (
+        names if len(names) <= LISTED_CLASSES else sorted(names, key=lambda name: labels[name]["f1"])[:LISTED_CLASSES]
+    )
+    cells = max(6, *(len(str(count)) + 1 for row in matrix for count in row)) if square else 0
+    numbers = "".join(f"{f'[{number}]':>{cells}}" for number in range(1, len(names) + 1)) if square else ""
+    lines = ["", f"  {'label':<{width + 4}}{'precision':>10}{'recall':>8}{'F1':>8}{'texts':>8}"]
+    if square:
+        lines[-1] += f"   taken for{numbers}"
+    for name in shown:
+        number, its = names.index(name) + 1, labels[name]
+        line = f"  {f'[{number}] ' if square else ''}{_cut(name, width)}".ljust(width + 6)
+        line += f"{its['precision']:>10.3f}{its['recall']:>8.3f}{its['f1']:>8.3f}{its['support']:>8}"
+        if square:
+            line += " " * len("   taken for") + "".join(f"{count:>{cells}}" for count in matrix[number - 1])
+        lines.append(line)
+    if len(shown) < len(names):
+        lines.append(f"  ... and {len(names) - len(shown)} labels with a higher F1: evaluation.json has them all")
+    return lines
+
+
+def verdict(scores: dict[str, Any], split: str, metric: str) -> str:
+    """Whether the tuned model is better by its task's first metric, and how sure that is.
+
+    Args:
+        scores: ``evaluation.json``.
+        split: validation or test.
+        metric: The metric that tells (:func:`distft.task.metrics.headline`).
+    """
+    change = scores.get("difference", {}).get(split, {}).get(metric)
+    better = METRICS[metric].better
+    if change is None or better is None:
         return ""
-    if change["high"] < 0:
-        return "Better than the base model: the interval of the paired difference excludes zero."
-    if change["low"] > 0:
-        return "Worse than the base model: the interval of the paired difference excludes zero."
-    return "No clear difference from the base model: the interval includes zero. More steps or more data may tell."
+    base = "the most common label" if "classes" in scores else "the base model"
+    by = f"in {TITLES.get(metric, metric).partition(' (')[0]}: the interval of the paired difference"
+    if change["low"] <= 0 <= change["high"]:
+        return f"No clear difference from {base} {by} includes zero. More steps or more data may tell."
+    gained = (change["value"] < 0) == (better == "lower")
+    return f"{'Better' if gained else 'Worse'} than {base} {by} excludes zero{_chance(change)}."
 
 
-def summary(run: Run, job: Path) -> str:
+def _chance(change: Mapping[str, float]) -> str:
+    if "p" not in change:
+        return ""
+    return " (p < 0.001)" if change["p"] < 0.001 else f" (p = {change['p']:.3f})"
+
+
+def summary(run: Run, job_file: Path) -> str:
     """The end of ``distft run``: scores, the same prompt by both models, where things are, what to try next.
 
     Args:
         run: The finished run.
-        job: The job file, as the person named it.
+        job_file: The job file, as the person named it.
     """
-    result = read_json(run.result)
+    result, job = read_json(run.result), job_of(run)
     lines = [""]
     if run.evaluation.exists():
         scores = read_json(run.evaluation)
-        lines += [*score_lines(scores, "test"), verdict(scores, "test"), ""]
+        lines += [*score_lines(scores, "test"), verdict(scores, "test", headline(job)), ""]
     sample = result.get("sample")
     if sample:
-        lines.append(f"Prompt  {sample['prompt']}")
-        lines += [
-            f"  {HEADINGS[kind]:<6}{' '.join(sample[kind].split())}" for kind in ("base", "best") if kind in sample
+        lines += [*sample_lines(sample), ""]
+    loads = "AutoModelForSequenceClassification" if job.task.kind == "classification" else "AutoModelForCausalLM"
+    return "\n".join(
+        [
+            *lines,
+            f"Run     {run.folder}",
+            f"Model   {run.export}  (transformers: {loads}.from_pretrained)",
+            *([f"Answers {run.answers}"] if run.answers.exists() else []),
+            "",
+            "Next",
+            *(f"  {command}" for command in _next(run, job, job_file, result["step"], sample)),
         ]
-        lines.append("")
-    words = " ".join(sample["prompt"].split()[:5]) if sample else "Once upon a time"
+    )
+
+
+def sample_lines(sample: Mapping[str, str]) -> list[str]:
+    """A row of the data, and what the models make of it."""
+    titles = {"prompt": "Prompt", "reference": "  data", "base": "  base", "best": "  tuned"}
+    return [f"{title:<8}{_cut(' '.join(sample[key].split()), 500)}" for key, title in titles.items() if key in sample]
+
+
+def _next(run: Run, job: Job, job_file: Path, step: int, sample: Mapping[str, str] | None) -> Sequence[str]:
+    """Commands to go on with."""
     distft = "distft" if shutil.which("distft") else sys.argv[0]  # an environment that was not activated
-    lines += [
-        f"Run     {run.folder}",
-        f"Model   {run.export}  (loads with transformers' from_pretrained)",
-        "",
-        "Next",
-        f"  {distft} generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8",
-        f"  {distft} evaluate {run.name} --model last",
-        f"  {distft} run {job} --name {run.name}-longer --set train.steps={3 * result['step']}",
+    commands = [
+        f"{distft} evaluate {run.name} --model last",
+        f"{distft} run {job_file} --name {run.name}-longer --set train.steps={3 * step}",
     ]
-    return "\n".join(lines)
+    if job.task.kind == "classification":
+        return commands
+    if job.task.kind == "generation":
+        prompt = " ".join(sample["prompt"].split()) if sample and len(sample["prompt"]) <= 200 else "Who are you?"
+        return [f"{distft} generate {run.name} --prompt {shlex.quote(prompt)}", *commands]
+    words = " ".join(sample["prompt"].split()[:5]) if sample else "Once upon a time"
+    return [f"{distft} generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8", *commands]
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

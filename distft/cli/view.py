@@ -46,7 +46,8 @@ class View:
         if record["kind"] == "train":
             self._now(describe_step(record))
         elif record["kind"] == "validation":
-            self.note(f"  step {record['step']:,}  validation loss {record['loss']:.4f}")
+            accuracy = f"  accuracy {record['accuracy']:.3f}" if "accuracy" in record else ""
+            self.note(f"  step {record['step']:,}  validation loss {record['loss']:.4f}{accuracy}")
         elif record["event"] not in QUIET_EVENTS:
             self.note(f"  step {record['step']:,}  {record['event']}: {record['reason']}")
 

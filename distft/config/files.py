@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distft.config.addresses import is_path, scheme
+from distft.config.addresses import FORMATS, is_data, is_path, scheme
 from distft.config.problems import Finding, Problem
 from distft.config.problems import Path as KeyPath
 
@@ -52,19 +52,22 @@ def _model(job: Job) -> Iterator[Finding]:
 
 
 def _data(job: Job) -> Iterator[Finding]:
-    is_list = isinstance(job.data.source, list)
-    for index, address in enumerate(job.data.addresses):
+    for key, _, address, _ in job.data.entries:
         if scheme(address):
             continue
-        key: KeyPath = ("data", "source", index) if is_list else ("data", "source")
         pattern = job.folder / Path(address).expanduser()
         found = _matches(pattern)
+        is_folder = found == [pattern] and pattern.is_dir()
+        if is_folder:
+            found = [path for path in pattern.rglob("*") if is_data(path.relative_to(pattern).as_posix())]
         files = [path for path in found if path.is_file()]
         empty = [path for path in files if path.stat().st_size == 0]
-        if not found:
+        if is_folder and not files:
+            yield Finding(key, f"the folder {address!r} holds no data files", f"known are {', '.join(FORMATS)}")
+        elif not found:
             yield _absent(pattern, address, key)
         elif not files:
-            yield Finding(key, f"{address!r} is a folder", f"name its files: {address.rstrip('/')}/**/*.txt")
+            yield Finding(key, f"only folders match {address!r}", "end the pattern with the files' names: **/*.txt")
         elif empty:
             yield Finding(key, f"{empty[0].name} is empty", "remove it, or name the other files")
 

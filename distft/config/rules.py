@@ -8,10 +8,22 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
 
 from distft.config import keys
-from distft.config.addresses import COMPRESSED, PYPI, TABLES, file_type, is_hub_id, is_path, scheme
+from distft.config.addresses import (
+    ARCHIVE,
+    COLUMNAR,
+    FORMATS,
+    HUB_DATA,
+    PYPI,
+    compression,
+    file_type,
+    is_hub_id,
+    is_path,
+    scheme,
+)
+from distft.config.placeholders import columns
 from distft.config.problems import Finding, Path, choices
 from distft.config.search import SearchSection, Space
-from distft.config.sections import SourcesSection, SplitsSection
+from distft.config.sections import SourcesSection, SplitsSection, TaskSection
 from distft.config.values import Bounds, Metric
 
 if TYPE_CHECKING:
@@ -19,8 +31,10 @@ if TYPE_CHECKING:
 
 TASK_METRICS = {
     "language_modeling": ("loss", "perplexity", "bits_per_byte"),
-    "classification": ("loss", "accuracy", "macro_f1"),
-    "generation": tuple(metric for metric in get_args(Metric) if metric not in {"accuracy", "macro_f1"}),
+    "classification": ("loss", "accuracy", "macro_f1", "calibration_error"),
+    "generation": tuple(
+        metric for metric in get_args(Metric) if metric not in {"accuracy", "macro_f1", "calibration_error"}
+    ),
 }
 """The metrics that mean something for a task."""
 
@@ -53,20 +67,16 @@ def _model(job: Job) -> Iterator[Finding]:
 
 def _task(job: Job) -> Iterator[Finding]:
     task, kind = job.task, job.task.kind
-    if kind != "generation":
+    if kind == "generation":
+        yield from _generation(task)
+    else:
         for key in ("preset", "prompt", "response", "messages"):
             if getattr(task, key) is not None:
                 yield Finding(("task", key), f"means nothing for {kind}", "only generation has it", ("task.kind",))
-    elif task.messages is not None and (task.prompt or task.response):
-        fix = "keep messages, or prompt and response"
-        yield Finding(("task", "messages"), "stands beside prompt or response", fix, ("task.prompt", "task.response"))
-    elif (task.prompt is None) != (task.response is None) and task.preset is None:
-        key, absent = ("prompt", "response") if task.prompt else ("response", "prompt")
-        yield Finding(
-            ("task", key), f"stands without task.{absent}", f"give task.{absent} too", (f"task.{absent}", "task.preset")
-        )
-    if kind != "classification" and task.label != "label":
-        yield Finding(("task", "label"), f"means nothing for {kind}", "only classification has it", ("task.kind",))
+    if kind != "classification":
+        for key in ("label", "labels", "class_weights"):
+            if getattr(task, key) != TaskSection.model_fields[key].default:
+                yield Finding(("task", key), f"means nothing for {kind}", "only classification has it", ("task.kind",))
     if kind == "generation" and task.text != "text":
         yield Finding(("task", "text"), "means nothing for generation", "give prompt and response", ("task.kind",))
     if job.data.overlong == "split" and kind != "language_modeling":
@@ -74,22 +84,67 @@ def _task(job: Job) -> Iterator[Finding]:
         yield Finding(("data", "overlong"), f"an example of {kind} cannot be split", fix, ("task.kind",))
 
 
+def _generation(task: TaskSection) -> Iterator[Finding]:
+    """Whether rows have one wording, and its braces are whole."""
+    worded = ("task.prompt", "task.response")
+    if task.messages is not None and (task.prompt or task.response):
+        fix = "keep messages, or prompt and response"
+        yield Finding(("task", "messages"), "stands beside prompt or response", fix, worded)
+        return
+    if task.messages is not None and task.preset not in {None, "chat"}:
+        fix = "keep one: rows of messages need no preset but chat"
+        yield Finding(("task", "messages"), f"stands beside preset {task.preset}", fix, ("task.preset",))
+    if task.preset == "chat" and (task.prompt or task.response):
+        fix = "remove the preset, or prompt and response"
+        yield Finding(("task", "preset"), "chat is for whole conversations, not prompt and response", fix, worded)
+    elif (task.prompt is None) != (task.response is None) and task.preset is None:
+        key, absent = ("prompt", "response") if task.prompt else ("response", "prompt")
+        yield Finding(
+            ("task", key), f"stands without task.{absent}", f"give task.{absent} too", (f"task.{absent}", "task.preset")
+        )
+    if not (task.messages or task.preset or task.prompt or task.response):
+        fix = "give a preset, or prompt and response, or messages"
+        reads = ("task.messages", "task.preset", *worded)
+        yield Finding(("task", "kind"), "generation needs to be told what to learn from a row", fix, reads)
+    for key, template in (("prompt", task.prompt), ("response", task.response)):
+        try:
+            if template is not None and not columns(template):
+                yield Finding(("task", key), "names no column", 'put columns in braces: "Translate: {text}"')
+        except ValueError as error:
+            yield Finding(("task", key), str(error), "columns stand in braces: {text}; a brace itself is written twice")
+
+
 def _source(job: Job) -> Iterator[Finding]:
-    source, path = job.data.source, ("data", "source")
-    known = TABLES | COMPRESSED | {".txt"}
-    for index, address in enumerate(job.data.addresses):
-        entry: Path = (*path, index) if isinstance(source, list) else path
-        yield from _address(address, entry, DATA_SCHEMES)
-        if file_type(address) not in known | {""} and scheme(address) != "hf":
-            fix = f"use {choices(sorted(ending[1:] for ending in TABLES | {'.txt'}))}"
-            yield Finding(entry, f"{address!r} is not of a known file type", fix)
-    for address, times in Counter(job.data.addresses).items():
+    entries = job.data.entries
+    for entry in entries:
+        yield from _data_address(entry.key, entry.address)
+        if entry.split in {"validation", "test"} and entry.weight != 1:
+            fix = "remove it: only training rows are used more or less often"
+            yield Finding((*entry.key, "weight"), f"means nothing for the {entry.split} split", fix)
+    for (split, address), times in Counter((entry.split, entry.address) for entry in entries).items():
         if times > 1:
-            yield Finding(path, f"{address!r} is listed {times} times", "its rows would count that often: keep one")
-    if job.data.lines and not all(file_type(address) in {".txt", ""} for address in job.data.addresses):
+            fix = "keep one: {source: ..., weight: 2} uses its training rows twice"
+            key: Path = ("data", "source") if split is None else ("data", "source", split)
+            yield Finding(key, f"{address!r} is listed {times} times", fix)
+    if job.data.lines and not all(file_type(entry.address) in {".txt", ARCHIVE, ""} for entry in entries):
         yield Finding(
             ("data", "lines"), "is for txt only", "remove it: other files have one row a line", ("data.source",)
         )
+
+
+def _data_address(path: Path, address: str) -> Iterator[Finding]:
+    """Whether an address can be one of data that can be read."""
+    kind, type_ = scheme(address), file_type(address)
+    yield from _address(address, path, DATA_SCHEMES)
+    if kind == "hf" and not HUB_DATA.fullmatch(address):
+        yield Finding(path, f"{address!r} is incomplete", "write hf://OWNER/NAME, or hf://OWNER/NAME@REVISION/path")
+    elif type_ and type_ not in {*FORMATS, ARCHIVE}:
+        yield Finding(
+            path, f"{address!r} is not of a known file type", f"use {choices(sorted(ending[1:] for ending in FORMATS))}"
+        )
+    elif compression(address) and type_ in COLUMNAR:
+        fix = f"unpack it: {type_[1:]} files are compressed within"
+        yield Finding(path, f"{address!r} cannot be read where it lies", fix)
 
 
 def _address(address: str, path: Path, schemes: tuple[str, ...], hint: str | None = None) -> Iterator[Finding]:

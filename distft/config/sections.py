@@ -5,7 +5,7 @@ The line under a field is its documentation: help and reference pages are made f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -36,6 +36,12 @@ class AdapterSection(Section):
     """The update is scaled by alpha / rank."""
     targets: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     """Which matrices are adapted: all-linear, or a list of module names."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that is dropped in training."""
+    dora: bool = False
+    """Whether magnitude and direction are learnt apart (DoRA, arXiv 2402.09353)."""
+    rslora: bool = False
+    """Whether the update is scaled by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
 
 
 class ModelSection(Section):
@@ -71,7 +77,11 @@ class TaskSection(Section):
     text: Text = "text"
     """language_modeling, classification: the column that holds the text."""
     label: Text = "label"
-    """classification: the column that holds the label; the labels are those found in the training split."""
+    """classification: the column that holds the label."""
+    labels: Annotated[list[Text], Field(min_length=2)] | None = None
+    """classification: the labels, in the order of their numbers; null: those found in the training split, sorted."""
+    class_weights: Literal["none", "balanced"] | dict[Text, Positive] = "none"
+    """classification: weight of each label in the loss; balanced: by the inverse of its share of the training rows."""
 
 
 class SplitsSection(Section):
@@ -87,23 +97,59 @@ class SplitsSection(Section):
     """A column; each of its values has the same share in every split."""
 
 
+class WeightedSource(Section):
+    """One source of a mixture."""
+
+    source: Text
+    """A path, glob or address, as for ``data.source``."""
+    weight: Positive = 1.0
+    """Times that each of its training rows is used in an epoch: 2 is twice; 0.5 is half of the rows, drawn by the seed.
+    Validation and test rows are always used once."""
+
+
+Sources = Text | Annotated[list[Text | WeightedSource], Field(min_length=1)]
+"""A path, glob or address, or a list of them, each with or without a weight."""
+
+
 class SourcesSection(Section):
     """Three sources, where the data comes split already."""
 
-    train: Text | Annotated[list[Text], Field(min_length=1)]
+    train: Sources
     """The training rows."""
-    validation: Text | Annotated[list[Text], Field(min_length=1)]
+    validation: Sources
     """The rows that training is judged by."""
-    test: Text | Annotated[list[Text], Field(min_length=1)]
+    test: Sources
     """The rows that stay sealed until evaluation."""
+
+
+class Entry(NamedTuple):
+    """One address under ``data.source``."""
+
+    key: tuple[str | int, ...]
+    """Where in the job file it is."""
+    split: str | None
+    """The split that it is given for; None where the splits are drawn."""
+    address: str
+    """A path, glob or address."""
+    weight: float
+    """Times that each of its training rows is used in an epoch."""
+
+
+def _entries(sources: Sources, split: str | None, key: tuple[str | int, ...]) -> list[Entry]:
+    if isinstance(sources, str):
+        return [Entry(key, split, sources, 1.0)]
+    return [
+        Entry((*key, place), split, *((one, 1.0) if isinstance(one, str) else (one.source, one.weight)))
+        for place, one in enumerate(sources)
+    ]
 
 
 class DataSection(Section):
     """The rows to learn from."""
 
-    source: Text | Annotated[list[Text], Field(min_length=1)] | SourcesSection
-    """A path or glob, a list of them, or {train:, validation:, test:}: files in jsonl, json, csv, tsv, parquet, arrow
-    or txt; local, s3://, gs://, hf://ID or pypi://PACKAGE==VERSION/glob."""
+    source: Sources | SourcesSection
+    """A path or glob, a list of them (mixtures: {source:, weight:}), or {train:, validation:, test:}: files in jsonl,
+    json, csv, tsv, parquet, arrow or txt; local, s3://, gs://, hf://ID or pypi://PACKAGE==VERSION/glob."""
     lines: bool = False
     """txt: each line is a document, rather than each file."""
     splits: SplitsSection = SplitsSection()
@@ -118,11 +164,18 @@ class DataSection(Section):
     """Take the first N rows of the source only, for trying out."""
 
     @property
+    def entries(self) -> list[Entry]:
+        """Every address under ``source``, in the order of the file."""
+        given, key = self.source, ("data", "source")
+        if not isinstance(given, SourcesSection):
+            return _entries(given, None, key)
+        splits = ("train", "validation", "test")
+        return [entry for split in splits for entry in _entries(getattr(given, split), split, (*key, split))]
+
+    @property
     def addresses(self) -> list[str]:
         """Every address under ``source``, in the order of the file."""
-        source = self.source
-        parts = [source.train, source.validation, source.test] if isinstance(source, SourcesSection) else [source]
-        return [address for part in parts for address in ([part] if isinstance(part, str) else part)]
+        return [entry.address for entry in self.entries]
 
 
 class ScheduleSection(Section):
@@ -218,6 +271,8 @@ class EvaluateSection(Section):
     """The most rows of a split that are scored, drawn by the seed."""
     compare_base: bool = True
     """Whether the base model is scored too, and the difference."""
+    max_new_tokens: Count = 256
+    """generation: the most tokens that an answer may have when answers are written for metrics."""
 
 
 class ServeSection(Section):

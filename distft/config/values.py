@@ -30,8 +30,10 @@ Metric = Literal[
     "exact_match",
     "token_f1",
     "stop_rate",
+    "length",
+    "calibration_error",
 ]
-"""Names of all metrics (contract, section 1)."""
+"""Names of all metrics: those of the contract (section 1), length (tokens of an answer) and calibration_error."""
 
 
 def wrong(expected: str, fix: str | None = None) -> PydanticCustomError:

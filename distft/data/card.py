@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distft.data.duplicates import Leaks
-from distft.data.example import FATES
+from distft.data.example import FATES, KEPT, SPLIT
 from distft.data.splits import SPLITS
 
 NO_SPLIT = "none"  # rows without text belong to no split
 _EXAMPLES = 5
+_SHOWN = 3
+_LABELS = 8
+_EXCERPT = 40  # letters
+_BARS = " ▁▂▃▄▅▆▇█"
 
 
 def rows_by_fate(splits: NDArray[np.int8], fates: NDArray[np.int8]) -> dict[str, dict[str, int]]:
@@ -26,7 +31,7 @@ def rows_by_fate(splits: NDArray[np.int8], fates: NDArray[np.int8]) -> dict[str,
     return counts
 
 
-def length_statistics(tokens: NDArray[np.int64]) -> dict[str, Any]:
+def length_statistics(tokens: NDArray[np.int32]) -> dict[str, Any]:
     """Tokens per document, before anything is cut: n, min, median, p95, max, and a histogram over powers of two."""
     if not len(tokens):
         return {"n": 0}
@@ -42,67 +47,101 @@ def length_statistics(tokens: NDArray[np.int64]) -> dict[str, Any]:
     }
 
 
-def token_counts(tokens: NDArray[np.int64], supervised: NDArray[np.int64], max_tokens: int) -> dict[str, int]:
+def token_counts(tokens: NDArray[np.int32], supervised: NDArray[np.int32], max_tokens: int) -> dict[str, int]:
     """Tokens of a split's rows: ``all`` without padding, ``padding`` up to ``max_tokens`` a row, ``supervised``."""
-    used = int(tokens.sum())
-    return {"padding": len(tokens) * max_tokens - used, "all": used, "supervised": int(supervised.sum())}
+    used = int(tokens.sum(dtype=np.int64))
+    return {"padding": len(tokens) * max_tokens - used, "all": used, "supervised": int(supervised.sum(dtype=np.int64))}
 
 
-def leaks(found: Leaks, names: Sequence[str], rows: NDArray[np.int64], splits: NDArray[np.int8]) -> dict[str, Any]:
-    """Copies across splits as plain values: how many, and the most similar with where they stand."""
-
-    def place(document: int) -> dict[str, Any]:
-        return {"split": SPLITS[splits[document]], "source": names[document], "row": int(rows[document])}
-
+def leaks(found: Leaks, shown: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """Copies across splits as plain values: how many, and the most similar with what ``shown`` tells of each."""
     return {
         "documents": found.documents,
         "pairs": found.pairs,
         "listed": [
-            {"first": place(leak.first), "second": place(leak.second), "similarity": round(leak.similarity, 4)}
+            {"first": shown(leak.first), "second": shown(leak.second), "similarity": round(leak.similarity, 4)}
             for leak in found.listed
         ],
     }
 
 
-def examples(names: Sequence[str], rows: NDArray[np.int64], fates: NDArray[np.int8]) -> dict[str, list[dict[str, Any]]]:
-    """The first few rows of each fate that takes a row out."""
+def examples(place: Callable[[int], dict[str, Any]], fates: NDArray[np.int8]) -> dict[str, list[dict[str, Any]]]:
+    """Where the first few rows of each fate stand that is not the whole row used."""
     result = {}
     for number, fate in enumerate(FATES):
         chosen = np.flatnonzero(fates == number)[:_EXAMPLES].tolist()
-        if chosen and fate in ("empty", "no_target", "dropped", "truncated"):
-            result[fate] = [{"source": names[one], "row": int(rows[one])} for one in chosen]
+        if chosen and fate not in (KEPT, SPLIT):
+            result[fate] = [place(one) for one in chosen]
     return result
 
 
 def describe(card: dict[str, Any]) -> str:
-    """The card for a person, 15 lines at most."""
-    source, lengths, leaked = card["source"], card["lengths"], card["leaks"]
+    """The card for a person, compact."""
+    source = card["source"]
     lines = [
         f"{source['rows']:,} rows from {source['files']:,} files ({source['bytes'] / 1e6:,.1f} MB), "
         f"fingerprint {card['fingerprint'][:12]}",
-        f"{'split':<12}{'documents':>10}{'rows':>10}{'tokens':>14}{'supervised':>14}{'fill':>7}  fates",
+        *(f"{name}: {json.dumps(fact, ensure_ascii=False)}" for name, fact in card["task"].items()),
+        f"{'split':<12}{'documents':>10}{'rows':>10}{'tokens':>14}{'supervised':>14}{'share':>7}{'fill':>7}  fates",
+        *(_split_line(card, split) for split in SPLITS),
+        *_fate_lines(card),
+        *_label_lines(card["labels"]),
+        *_length_lines(card),
+        *_leak_lines(card["leaks"]),
     ]
-    for split in SPLITS:
-        fates, tokens = card["rows"][split], card["tokens"][split]
-        room = tokens["all"] + tokens["padding"]
-        told = ", ".join(f"{fate} {count:,}" for fate, count in fates.items())
-        lines.append(
-            f"{split:<12}{sum(fates.values()):>10,}{card['packed'][split]:>10,}{tokens['all']:>14,}"
-            f"{tokens['supervised']:>14,}{tokens['all'] / room if room else 0:>7.1%}  {told or '-'}"
-        )
-    for fate, count in card["rows"][NO_SPLIT].items():
-        first = card["examples"][fate][0]
-        lines.append(f"{fate}: {count:,} rows, the first {first['source']}, row {first['row']}")
-    lines.append(
-        "tokens a document: "
-        + ", ".join(f"{name} {lengths[name]:,}" for name in ("min", "median", "p95", "max") if name in lengths)
+    return "\n".join(lines)
+
+
+def _split_line(card: dict[str, Any], split: str) -> str:
+    fates, tokens = card["rows"][split], card["tokens"][split]
+    room = tokens["all"] + tokens["padding"]
+    told = ", ".join(f"{fate} {count:,}" for fate, count in fates.items())
+    share = tokens["supervised"] / tokens["all"] if tokens["all"] else 0
+    return (
+        f"{split:<12}{sum(fates.values()):>10,}{card['packed'][split]:>10,}{tokens['all']:>14,}"
+        f"{tokens['supervised']:>14,} {share:>6.1%}{tokens['all'] / room if room else 0:>7.1%}  {told or '-'}"
     )
+
+
+def _fate_lines(card: dict[str, Any]) -> Iterator[str]:
+    for fate, places in card["examples"].items():
+        count = sum(fates.get(fate, 0) for fates in card["rows"].values())
+        told = ", ".join(f"{place['source']} row {place['row']:,}" for place in places[:_SHOWN])
+        yield f"{fate}: {count:,} rows, {told}{', ...' if count > _SHOWN else ''}"
+
+
+def _label_lines(labels: dict[str, Any]) -> Iterator[str]:
+    for split, counts in labels["rows"].items() if labels["names"] else ():
+        total = sum(counts.values())
+        if total:
+            most = sorted(counts.items(), key=lambda item: -item[1])
+            told = ", ".join(f"{name} {count:,} ({count / total:.1%})" for name, count in most[:_LABELS])
+            more = f", {len(most) - _LABELS:,} more" if len(most) > _LABELS else ""
+            yield f"labels of {split}: {told}{more}"
+
+
+def _length_lines(card: dict[str, Any]) -> Iterator[str]:
+    lengths = card["lengths"]
+    told = ", ".join(f"{name} {lengths[name]:,}" for name in ("min", "median", "p95", "max") if name in lengths)
+    if "histogram" in lengths:
+        edges, counts = lengths["histogram"]["edges"], lengths["histogram"]["counts"]
+        first = next(place for place, count in enumerate(counts) if count)
+        told += f"   {edges[first]:,} {''.join(_bar(count, max(counts)) for count in counts[first:])} {edges[-1]:,}"
+    yield f"tokens a document: {told}"
+    for name, cut in card["cut"].items():
+        yield f"cut off {name}: {cut['tokens']:,} tokens in {cut['documents']:,} documents"
+
+
+def _bar(count: int, most: int) -> str:
+    return _BARS[-(-count * (len(_BARS) - 1) // most)]
+
+
+def _leak_lines(leaked: dict[str, Any]) -> Iterator[str]:
     copies = sum(leaked["exact"]["within"].values())
-    lines.append(
+    yield (
         f"exact copies: {copies:,} within a split, {leaked['exact']['documents']:,} held-out documents "
         f"also in another split; nearly the same: {leaked['near']['documents']:,}"
     )
-    for leak in (*leaked["exact"]["listed"], *leaked["near"]["listed"])[:3]:
+    for leak in (*leaked["exact"]["listed"][:_SHOWN], *leaked["near"]["listed"][:_SHOWN]):
         places = [f"{leak[side]['split']} {leak[side]['source']}:{leak[side]['row']}" for side in ("first", "second")]
-        lines.append(f"  {' ~ '.join(places)} ({leak['similarity']:.2f})")
-    return "\n".join(lines)
+        yield f"  {' ~ '.join(places)} ({leak['similarity']:.2f}) {leak['second']['text'][:_EXCERPT]!r}"

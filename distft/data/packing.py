@@ -8,39 +8,72 @@ Improve Language Modeling", arXiv 2404.10830.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distft.data import ragged
 
-def pack(lengths: NDArray[np.int64], max_tokens: int) -> list[list[int]]:
-    """Segment numbers of each row; each segment lies whole in one row.
 
-    Longest first, each into the fullest row that still holds it. O(n log n): rows are kept by their free space, of
-    which there are at most ``max_tokens`` different values.
+def pack(lengths: NDArray[np.int32], max_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Segment numbers of all rows end to end, int64 (S,), and where each row begins and the last ends, (rows + 1,).
+
+    Longest first, each into the fullest row that still holds it; each segment lies whole in one row. Segments of one
+    length are placed together: a row with room for m of them takes m before the next one does, as it is the fullest
+    that holds them. So the work is one sort, and array steps of which there are few for each length.
 
     Args:
         lengths: Tokens of each segment, 1 .. ``max_tokens``.
         max_tokens: Tokens that a row holds.
     """
-    rows: list[list[int]] = []
-    by_space: dict[int, list[int]] = {}  # free tokens -> rows that have just so many
-    spaces: list[int] = []  # the keys of by_space, sorted
-    for segment in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[segment])
-        place = bisect_left(spaces, length)
-        if place == len(spaces):
-            row, space = len(rows), max_tokens
-            rows.append([])
-        else:
-            space = spaces[place]
-            row = by_space[space].pop()
-            if not by_space[space]:
-                del by_space[space], spaces[place]
-        rows[row].append(segment)
-        left = space - length
-        if left not in by_space:
-            by_space[left] = []
-            insort(spaces, left)
-        by_space[left].append(row)
-    return rows
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order]
+    row_of = np.empty(len(lengths), dtype=np.int32)
+    space = _Space()
+    rows = 0
+    groups = np.flatnonzero(np.diff(ordered, prepend=0, append=0)).tolist()
+    for start, end in pairwise(groups):
+        length = int(ordered[start])
+        while start < end:
+            free, opened = space.take(length) or (max_tokens, None)
+            each = free // length
+            needed = -(-(end - start) // each)
+            if opened is None:
+                opened = np.arange(rows, rows + needed, dtype=np.int32)
+                rows += needed
+            filled = opened[:needed]
+            count = min(len(filled) * each, end - start)
+            row_of[start : start + count] = np.repeat(filled, each)[:count]
+            in_last = count - (len(filled) - 1) * each
+            space.put(free, opened[needed:])
+            space.put(free - each * length, filled[:-1])
+            space.put(free - in_last * length, filled[-1:])
+            start += count
+    by_row = np.argsort(row_of, kind="stable")
+    return order[by_row], ragged.begins(np.bincount(row_of, minlength=rows))
+
+
+class _Space:
+    """Rows by their free tokens, of which there are at most ``max_tokens`` different numbers."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, list[NDArray[np.int32]]] = {}
+        self._free: list[int] = []  # the keys, sorted
+
+    def take(self, length: int) -> tuple[int, NDArray[np.int32]] | None:
+        """The fullest rows that hold ``length`` tokens more, and how many they are free for; these are taken out."""
+        place = bisect_left(self._free, length)
+        if place == len(self._free):
+            return None
+        free = self._free.pop(place)
+        return free, np.concatenate(self._rows.pop(free))
+
+    def put(self, free: int, rows: NDArray[np.int32]) -> None:
+        """Puts rows in."""
+        if not len(rows) or not free:
+            return
+        if free not in self._rows:
+            self._rows[free] = []
+            insort(self._free, free)
+        self._rows[free].append(rows)

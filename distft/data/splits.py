@@ -7,14 +7,13 @@ validation, the rest is for training. The order of rows, the files' names and th
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distft.data import digests
 from distft.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -22,7 +21,7 @@ TRAIN, VALIDATION, TEST = range(3)
 
 
 def assign(
-    units: Sequence[bytes], shares: Mapping[str, float], seed: int, strata: Sequence[str] | None = None
+    units: NDArray[np.uint64], shares: Mapping[str, float], seed: int, strata: NDArray[np.int32] | None = None
 ) -> NDArray[np.int8]:
     """The split of each document, int8 (documents,), an index into ``SPLITS``.
 
@@ -31,39 +30,42 @@ def assign(
     carried from stratum to stratum so that it does not add up.
 
     Args:
-        units: The unit of each document.
+        units: Digest of the unit of each document, uint64 (documents, 2).
         shares: Wanted share of "validation" and "test", 0 .. 1.
         seed: The job's seed.
-        strata: The stratum of each document; a unit in several goes with the one most of its documents are in.
+        strata: The stratum of each document, numbered in the order of their names; a unit in several goes with the
+            one most of its documents are in.
     """
-    sizes = Counter(units)
-    key = f"distft split {seed}".encode()
-    ranked = sorted(sizes, key=lambda unit: (hashlib.blake2b(unit, key=key, digest_size=16).digest(), unit))
-    split_of = dict.fromkeys(ranked, TRAIN)
-    by_stratum: dict[str, list[bytes]] = {}
-    stratum_of = _majority(units, strata) if strata is not None else {}
-    for unit in ranked:
-        by_stratum.setdefault(stratum_of.get(unit, ""), []).append(unit)
-
+    found, unit_of = digests.distinct(units)
+    sizes = np.bincount(unit_of, minlength=len(found))
+    ranked = digests.drawn(found, f"distft split {seed}")
+    groups = [ranked]
+    if strata is not None:
+        stratum_of = _majority(unit_of, strata)[ranked]
+        by_stratum = np.argsort(stratum_of, kind="stable")
+        groups = np.split(ranked[by_stratum], np.flatnonzero(np.diff(stratum_of[by_stratum])) + 1)
+    split_of = np.full(len(found), TRAIN, dtype=np.int8)
     for split in (TEST, VALIDATION):
         share, seen, taken = shares.get(SPLITS[split], 0.0), 0, 0
-        for stratum in sorted(by_stratum):
-            seen += sum(sizes[unit] for unit in by_stratum[stratum])
+        for group in groups:
+            seen += int(sizes[group].sum())
             wanted = math.floor(share * seen + 0.5)
-            for unit in by_stratum[stratum]:
-                if taken >= wanted:
-                    break
-                if split_of[unit] == TRAIN:
-                    split_of[unit] = split
-                    taken += sizes[unit]
-    return np.fromiter((split_of[unit] for unit in units), dtype=np.int8, count=len(units))
+            left = group[split_of[group] == TRAIN]
+            before = taken + np.cumsum(sizes[left]) - sizes[left]
+            chosen = left[before < wanted]
+            split_of[chosen] = split
+            taken += int(sizes[chosen].sum())
+    return split_of[unit_of]
 
 
-def _majority(units: Sequence[bytes], strata: Sequence[str]) -> dict[bytes, str]:
-    counts: dict[bytes, Counter[str]] = {}
-    for unit, stratum in zip(units, strata, strict=True):
-        counts.setdefault(unit, Counter())[stratum] += 1
-    return {unit: min(count, key=lambda name: (-count[name], name)) for unit, count in counts.items()}
+def _majority(units: NDArray[np.int32], strata: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The stratum of each unit: the one most of its documents are in, the first of these where several are."""
+    span = int(strata.max(initial=0)) + 1
+    pairs, counts = np.unique(units.astype(np.int64) * span + strata, return_counts=True)
+    best = np.lexsort((pairs % span, -counts, pairs // span))
+    firsts = np.unique(pairs[best] // span, return_index=True)[1]
+    result: NDArray[np.int64] = pairs[best][firsts] % span
+    return result
 
 
 def refuse_empty(rows: Mapping[str, int], documents: Mapping[str, int], shares: Mapping[str, float]) -> None:

@@ -3,8 +3,8 @@
 ::
 
     card.json               what became of the source (:mod:`distft.data.card`)
-    documents.arrow         every row of the source: where from, split, fate, bytes, tokens, where its ids lie
-    tokens-00000.arrow ...  the ids of the documents of one unit of work, end to end
+    documents.arrow         every row of the source: where from, split, fate, copies, bytes, tokens, label, ids' place
+    tokens-00000-00000.arrow ...  the ids of the documents of one part of a unit of work, end to end
     rows-SPLIT.arrow        rows as (document, start, length) of each of their segments
     manifest.json           bytes and sha256 of all these; written last
 
@@ -14,6 +14,8 @@ Legend: T tokens of a row.
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from distft.errors import DataError
 from distft.runs import read_json, write_json
 
 CARD, DOCUMENTS, MANIFEST = "card.json", "documents.arrow", "manifest.json"
+PARTIAL = ".partial"  # how the name of a file ends while it is written
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Row:
 
     Attributes:
         index: Its number in the split.
-        input_ids: int32 (T,), a view of the mapped file where the row is one segment.
+        input_ids: int32 (T,), a view of the mapped file where the row is one segment without a label. Where the
+            document has a label, the last id of its segment is the label's number.
         supervised: bool (T,), whether a token is a target; never the first of a segment.
         segments: Tokens of each segment.
         documents: The document each segment is of.
@@ -81,7 +85,7 @@ class Rows:
     _tokens: NDArray[np.int32] = field(repr=False)
     _supervised: NDArray[np.int32] = field(repr=False)
     _offsets: NDArray[np.int32] = field(repr=False)
-    _segments: NDArray[np.int64] = field(repr=False)  # (segments, 3): document, start, length
+    _segments: tuple[NDArray[np.int32], ...] = field(repr=False)  # document, start and length of each segment
     _store: _Tokens = field(repr=False)
 
     def __len__(self) -> int:
@@ -92,7 +96,8 @@ class Rows:
         """The row ``index``."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        segments = self._segments[self._offsets[index] : self._offsets[index + 1]].tolist()
+        place = slice(self._offsets[index], self._offsets[index + 1])
+        segments = list(zip(*(column[place].tolist() for column in self._segments), strict=True))
         ids = [self._store.ids(*segment) for segment in segments]
         supervised = [self._store.supervised(*segment) for segment in segments]
         return Row(
@@ -124,11 +129,13 @@ class _Tokens:
     masks: tuple[NDArray[np.uint8] | None, ...]
     part: NDArray[np.int32]
     offset: NDArray[np.int64]
+    label: NDArray[np.int32]
 
     def ids(self, document: int, start: int, length: int) -> NDArray[np.int32]:
         first = int(self.offset[document]) + start
         part: NDArray[np.int32] = self.parts[self.part[document]]
-        return part[first : first + length]
+        label = self.label[document]
+        return part[first : first + length] if label < 0 else np.append(part[first : first + length - 1], label)
 
     def supervised(self, document: int, start: int, length: int) -> NDArray[np.bool_]:
         mask = self.masks[self.part[document]]
@@ -175,6 +182,7 @@ class Prepared:
             tuple(part["supervised"].to_numpy() if "supervised" in part.schema.names else None for part in parts),
             documents["part"].to_numpy(),
             documents["offset"].to_numpy(),
+            documents["label"].to_numpy(),
         )
         return cls(folder, read_json(folder / CARD), documents, tokens)
 
@@ -183,25 +191,33 @@ class Prepared:
         """A hash of what training sees: the ordered content of the rows of every split."""
         return str(self.card["fingerprint"])
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels, in the order of their numbers; empty where the task has none."""
+        return tuple(self.card["labels"]["names"])
+
     def rows(self, split: str) -> Rows:
         """The rows of "train", "validation" or "test"; none where the job asks for no such split."""
         batch = map_arrow(self.folder / f"rows-{split}.arrow")
         document = batch["document"]
-        segments = [document.values] + [batch[name].values for name in ("start", "length")]
+        segments = (document.values, *(batch[name].values for name in ("start", "length")))
         return Rows(
             batch["id"].to_numpy(),
             batch["tokens"].to_numpy(),
             batch["supervised"].to_numpy(),
             document.offsets.to_numpy(),
-            np.stack([column.to_numpy() for column in segments], axis=1).astype(np.int64),
+            tuple(column.to_numpy() for column in segments),
             self._store,
         )
+
+    def document(self, number: int) -> Document:
+        """The document of a number, as in ``Row.documents``."""
+        return Document(number, *(self._documents[name][number].as_py() for name in _DOCUMENT_COLUMNS))
 
     def documents(self, split: str) -> list[Document]:
         """The documents that the rows of a split are made of, by number."""
         table = self._documents
-        used = table["used"].to_numpy(zero_copy_only=False) & (table["split"].to_numpy() == SPLITS.index(split))
-        numbers = np.flatnonzero(used)
+        numbers = np.flatnonzero((table["copies"].to_numpy() > 0) & (table["split"].to_numpy() == SPLITS.index(split)))
         columns = [table[name].take(pa.array(numbers)).to_pylist() for name in _DOCUMENT_COLUMNS]
         return [Document(*values) for values in zip(numbers.tolist(), *columns, strict=True)]
 
@@ -210,10 +226,12 @@ _DOCUMENT_COLUMNS = ("source", "row", "scored_bytes", "tokens")
 
 
 def write_arrow(path: Path, columns: dict[str, pa.Array]) -> None:
-    """Writes the columns as one record batch of an Arrow IPC file: the same bytes for the same values."""
+    """Writes the columns as one record batch of an Arrow IPC file, whole or not at all; equal values, equal bytes."""
     batch = pa.record_batch(list(columns.values()), names=list(columns))
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}{PARTIAL}")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
+    partial.replace(path)
 
 
 def map_arrow(path: Path) -> pa.RecordBatch:
@@ -241,7 +259,7 @@ def sha256_of(paths: Sequence[Path]) -> list[str]:
 
 def seal(folder: Path) -> None:
     """Writes the manifest: from now on the folder is whole."""
-    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     digests = sha256_of(paths)
     write_json(
         folder / MANIFEST,

@@ -1,32 +1,29 @@
-"""One unit of work: read, tokenised, fingerprinted, and written to two files named by the unit.
+"""One unit of work: read, tokenised, fingerprinted, and written to files named by the unit.
 
-A unit may be done in any process; nothing of what it writes depends on which.
+A unit may be done in any process; nothing of what it writes depends on which. Its files are written whole or not at
+all and its report is the last of them, so that a unit with a report is done, also after a kill. A unit that cannot be
+cut in the source (a compressed file, a large row group) is written in parts, so that memory does not grow with it.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
-
-from distft.data import documents, duplicates, store
+from distft.data import documents, index, store
 from distft.data.documents import Columns, Record, Unit
-from distft.data.example import EMPTY, FATES, Example, Task
+from distft.data.example import Task
 from distft.errors import CapacityError, DataError, DistftError
+from distft.runs import read_json, write_json
 
+UNITS = "units"  # the folder of what is deleted once the data is prepared
 _BATCH_LETTERS = 1 << 18
 _BATCH_ROWS = 512
-_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,13 @@ class Report:
 
     Attributes:
         unit: Its number.
-        rows: Rows read.
+        rows: Rows read, of each part that it was written in.
         lengths: Lines or rows of each of its pieces, which the numbers of the next piece start at.
         error: Why it failed, as a value: exceptions change their class on the way through other systems.
     """
 
     unit: int
-    rows: int = 0
+    rows: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     error: DistftError | None = None
 
@@ -64,12 +61,26 @@ def disk_full_explained(folder: Path) -> Iterator[None]:
             f"the disk is full while preparing data: {usage.free / 1e9:.2f} GB of {usage.total / 1e9:.1f} GB are free",
             where=str(folder),
             fix="free some space, or set DISTFT_CACHE to a folder on a larger disk; prepared data takes about "
-            "as much as the text",
+            "as much as the text, and half as much again while it is made",
         ) from error
 
 
+def tokens_path(folder: Path, unit: int, part: int) -> Path:
+    """The token ids of a part of a unit; in the order of their names are the parts in that of the source."""
+    return folder / f"tokens-{unit:05d}-{part:05d}.arrow"
+
+
+def index_path(folder: Path, unit: int, part: int) -> Path:
+    """The index of a part of a unit."""
+    return folder / UNITS / f"index-{unit:05d}-{part:05d}.arrow"
+
+
+def _report_path(folder: Path, unit: int) -> Path:
+    return folder / UNITS / f"report-{unit:05d}.json"
+
+
 def work(number: int, unit: Unit, columns: Columns, task: Task, folder: Path) -> Report:
-    """Reads, tokenises and fingerprints one unit; writes its token file and its index into ``folder``."""
+    """Reads, tokenises and fingerprints one unit; writes its token file, its index and its report into ``folder``."""
     try:
         with disk_full_explained(folder):
             return _work(number, unit, columns, task, folder)
@@ -80,25 +91,59 @@ def work(number: int, unit: Unit, columns: Columns, task: Task, folder: Path) ->
         return Report(number, error=DataError(f"cannot be opened on {platform.node()}", str(error.filename), fix))
 
 
+def done(number: int, unit: Unit, folder: Path) -> Report | None:
+    """The report of a unit that was done before and whose files are all there, or None."""
+    try:
+        found = read_json(_report_path(folder, number))
+        report = Report(number, tuple(found["rows"]), tuple(found["lengths"]))
+        is_done = found["pieces"] == _pieces(unit) and found["bytes"] == _sizes(report, folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report if is_done else None
+
+
 def _work(number: int, unit: Unit, columns: Columns, task: Task, folder: Path) -> Report:
-    index = _Index()
     records = ((place, record) for place, piece in enumerate(unit) for record in documents.read(piece, columns))
+    rows: list[int] = []
+    writer = index.Writer()
     for batch in _batches(records):
-        index.add(batch, task)
-    tokens: dict[str, pa.Array] = {"ids": pa.array(_joined(index.ids, np.int32))}
-    if any(mask is not None for mask in index.masks):
-        masks = [
-            np.ones(len(ids), np.uint8) if mask is None else mask.astype(np.uint8)
-            for ids, mask in zip(index.ids, index.masks, strict=True)
-        ]
-        tokens["supervised"] = pa.array(_joined(masks, np.uint8))
-    store.write_arrow(folder / f"tokens-{number:05d}.arrow", tokens)
-    store.write_arrow(folder / f"index-{number:05d}.arrow", index.columns())
-    return Report(number, len(index.rows), tuple(documents.length(piece) for piece in unit))
+        if writer.is_full:
+            _write(writer, folder, number, len(rows))
+            rows.append(len(writer))
+            writer = index.Writer()
+        try:
+            writer.add(batch, columns, task)
+        except DataError as error:
+            raise _placed(error, batch, task, unit) from error
+    _write(writer, folder, number, len(rows))
+    report = Report(number, (*rows, len(writer)), tuple(documents.length(piece) for piece in unit))
+    told = {"pieces": _pieces(unit), "rows": report.rows, "lengths": report.lengths, "bytes": _sizes(report, folder)}
+    write_json(_report_path(folder, number), told)
+    return report
 
 
-def _joined(arrays: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
+def _placed(error: DataError, batch: list[tuple[int, Record]], task: Task, unit: Unit) -> DataError:
+    """The error with the row that the task refuses, which it does not know itself."""
+    for place, record in batch:
+        try:
+            task.encode([] if record.is_empty else [tuple(text or "" for text in record.text)])
+        except DataError as refused:
+            return DataError(refused.what, documents.where(unit[place], record.row), refused.fix)
+    return error
+
+
+def _write(writer: index.Writer, folder: Path, unit: int, part: int) -> None:
+    store.write_arrow(tokens_path(folder, unit, part), writer.tokens())
+    store.write_arrow(index_path(folder, unit, part), writer.columns())
+
+
+def _pieces(unit: Unit) -> list[list[int | None]]:
+    return [[piece.source, piece.start, piece.stop, piece.limit] for piece in unit]
+
+
+def _sizes(report: Report, folder: Path) -> list[int]:
+    paths = [path(folder, report.unit, part) for part in range(len(report.rows)) for path in (tokens_path, index_path)]
+    return [path.stat().st_size for path in paths]
 
 
 def _batches(records: Iterator[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
@@ -113,82 +158,3 @@ def _batches(records: Iterator[tuple[int, Record]]) -> Iterator[list[tuple[int, 
             batch, letters = [], 0
     if batch:
         yield batch
-
-
-class _Index:
-    """What is known of each row of a unit, gathered column by column."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[Any, ...]] = []
-        self.ids: list[NDArray[np.int32]] = []
-        self.masks: list[NDArray[np.bool_] | None] = []
-        self._offset = 0
-
-    def add(self, records: Sequence[tuple[int, Record]], task: Task) -> None:
-        full = [record for _, record in records if not record.is_empty]
-        examples = iter(task.encode([tuple(text or "" for text in record.text) for record in full]))
-        signatures = iter(duplicates.signatures([_content(record) for record in full]))
-        for piece, record in records:
-            if record.is_empty:
-                self._add(piece, record, None, b"\0" * (4 * duplicates.SIGNATURE_WORDS))
-            else:
-                self._add(piece, record, next(examples), next(signatures).tobytes())
-
-    def _add(self, piece: int, record: Record, example: Example | None, signature: bytes) -> None:
-        text = _content(record)
-        digest = _digest(text)
-        unit = digest if record.group is None else _digest(b"group " + record.group.encode())
-        place = (piece, record.row, digest, unit, record.stratum or "")
-        if example is None:
-            self.rows.append((*place, FATES.index(EMPTY), len(text), 0, 0, 0, digest, signature, [], []))
-            return
-        content = example.ids.tobytes()
-        if example.supervised is not None:
-            content += example.supervised.tobytes()
-        self.rows.append(
-            (
-                *place,
-                FATES.index(example.fate),
-                len(text),
-                example.scored_bytes,
-                len(example.ids),
-                self._offset,
-                _digest(content),
-                signature,
-                [start for start, _ in example.spans],
-                [length for _, length in example.spans],
-            )
-        )
-        self.ids.append(example.ids)
-        self.masks.append(example.supervised)
-        self._offset += len(example.ids)
-
-    def columns(self) -> dict[str, pa.Array]:
-        values = list(zip(*self.rows, strict=True)) or [()] * len(_INDEX)
-        return {name: pa.array(column, type_) for (name, type_), column in zip(_INDEX.items(), values, strict=True)}
-
-
-_INDEX = {
-    "piece": pa.int32(),
-    "row": pa.int64(),
-    "digest": pa.binary(_DIGEST_BYTES),
-    "unit": pa.binary(_DIGEST_BYTES),
-    "stratum": pa.string(),
-    "fate": pa.int8(),
-    "text_bytes": pa.int64(),
-    "scored_bytes": pa.int64(),
-    "tokens": pa.int64(),
-    "offset": pa.int64(),
-    "content": pa.binary(_DIGEST_BYTES),
-    "signature": pa.binary(4 * duplicates.SIGNATURE_WORDS),
-    "start": pa.list_(pa.int64()),
-    "length": pa.list_(pa.int64()),
-}
-
-
-def _content(record: Record) -> bytes:
-    return "\0".join(value or "" for value in record.text).encode()
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()

@@ -72,13 +72,14 @@ def missing_build_tools(offload: str) -> str | None:
 
 
 def consolidate(folder: Path) -> dict[str, Tensor]:
-    """The whole model from a checkpoint of any ZeRO stage; needs no process group, and one process.
+    """The trained weights from a checkpoint of any ZeRO stage; needs no process group, and one process.
 
     Args:
         folder: A checkpoint that an engine saved.
 
     Returns:
-        Weights in fp32 under the model's own names, tied ones once under each of their names.
+        Weights in fp32 under the model's own names, tied ones once under each of their names; beside an adapter the
+        frozen ones are not among them.
     """
     if (folder / PLAIN_FILE).exists():
         weights: dict[str, Tensor] = torch.load(folder / PLAIN_FILE, map_location="cpu", weights_only=True)["weights"]

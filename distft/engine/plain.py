@@ -78,11 +78,14 @@ class PlainEngine:
             for weight, master in zip(self._weights, self._masters, strict=True):
                 weight.data.copy_(master.data)
 
-    @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
         """See :class:`~distft.engine.protocol.Engine`."""
+        return self.scores(batch)[0]
+
+    def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See :class:`~distft.engine.protocol.Engine`."""
         self._model.eval()
-        return self._model.token_losses(batch.to(self.device))
+        return self._model.scores(batch.to(self.device))
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """See :class:`~distft.engine.protocol.Engine`."""

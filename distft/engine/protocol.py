@@ -71,6 +71,10 @@ class Engine(Protocol):
         """Token losses (B, T) in fp32, 0 where unsupervised, without gradient."""
         ...
 
+    def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Token losses, and where a classifier is right: see :meth:`distft.model.LossModel.scores`."""
+        ...
+
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sums each value over all ranks in fp64; the result is the same on all of them."""
         ...
@@ -88,7 +92,7 @@ class Engine(Protocol):
         ...
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes this rank's state; returns the files that this rank wrote.
+        """Writes this rank's state, without weights that are not trained; returns the files that this rank wrote.
 
         Raises:
             OSError: A file cannot be written (28: the disk is full). Other ranks are not held up by it.
@@ -113,9 +117,10 @@ class Engine(Protocol):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Splits trained parameters for AdamW: matrices decay; biases and the gains of norms (1-D) do not."""
+    """Splits trained parameters for AdamW: matrices decay; biases, magnitudes and the gains of norms (1-D) do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
+    groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]  # an adapter has matrices only, and DeepSpeed no empty groups

@@ -42,18 +42,29 @@ warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.dist
 
 
 class _Passes(nn.Module):
-    """Both uses of the model behind one forward, since ZeRO-3 gathers weights in hooks on calls of the root module."""
+    """Both uses of the model behind one forward, since ZeRO-3 gathers weights in hooks on calls of the root module.
+
+    Its state is what is trained: frozen weights are the base model's, and a checkpoint need not hold them again.
+    DeepSpeed has an option for that too, which leaves a tied weight in under its second name; it is given as well,
+    for the shards that DeepSpeed writes of its own.
+    """
 
     def __init__(self, loss_model: LossModel) -> None:
         super().__init__()
         self.loss_model = loss_model
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss sum in training, the token losses (B, T) in evaluation."""
+    def forward(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss sum in training; token losses and hits, both (B, T), in evaluation."""
         if self.training:
             loss: Tensor = self.loss_model(batch)
             return loss
-        return self.loss_model.token_losses(batch)
+        return self.loss_model.scores(batch)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Trained weights and buffers."""
+        frozen = {name for name, one in self.named_parameters(remove_duplicate=False) if not one.requires_grad}
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if name not in frozen}
 
 
 class _ShardWriter(TorchCheckpointEngine):  # type: ignore[misc]
@@ -93,7 +104,9 @@ class ZeroEngine:
         self.world = world
         self.device = device
         self._settings = settings
-        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._whole = len(trained) == len(list(model.parameters()))
+        self._parameters = sum(parameter.numel() for parameter in trained)
         # Without ZeRO and in fp32 DeepSpeed keeps no norm: it is computed, and gradients clipped, here.
         self._own_norm = settings.stage == 0 and settings.dtype == torch.float32
         module = _Passes(model)
@@ -136,12 +149,16 @@ class ZeroEngine:
             self._engine.step()
         return norm.item()
 
-    @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
         """See :class:`~distft.engine.protocol.Engine`."""
+        return self.scores(batch)[0]
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See :class:`~distft.engine.protocol.Engine`."""
         self._engine.eval()
-        losses: Tensor = self._engine(batch.to(self.device))
-        return losses
+        scores: tuple[Tensor, Tensor] = self._engine(batch.to(self.device))
+        return scores
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """See :class:`~distft.engine.protocol.Engine`."""
@@ -162,7 +179,7 @@ class ZeroEngine:
     def save(self, folder: Path) -> list[Path]:
         """See :class:`~distft.engine.protocol.Engine`."""
         self._writer.files, self._writer.error = [], None
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         if self.world.is_main:
             for script in folder.glob("zero_to_*.py"):  # which DeepSpeed leaves beside its shards
                 script.unlink()
@@ -173,7 +190,7 @@ class ZeroEngine:
     def load(self, folder: Path) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""
         with contextlib.redirect_stdout(io.StringIO()):  # some of its optimizers print as they are loaded
-            self._engine.load_checkpoint(str(folder), tag=TAG)
+            self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=self._whole)
 
     def state_bytes(self) -> int:
         """See :class:`~distft.engine.protocol.Engine`."""
@@ -236,7 +253,7 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
         )
     else:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints progress
-            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
     prefix = "loss_model.model."
     return {name.removeprefix(prefix): weight.float() for name, weight in state.items()}
 
@@ -252,7 +269,8 @@ def _stage_1_bf16(model: dict[str, Any], optimizers: list[dict[str, Any]]) -> di
         sizes = [shape.numel() for shape in shapes.values()]
         parts = torch.split(flat[: sum(sizes)], sizes)
         state |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    return state | {name: state[original] for name, original in model["shared_params"].items()}
+    shared = model["shared_params"].items()
+    return state | {name: state[original] for name, original in shared if original in state}
 
 
 def _load(path: Path) -> Any:

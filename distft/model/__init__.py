@@ -10,43 +10,56 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distft.model.batch import IGNORED, Batch
+    from distft.model.build import class_weights, training_model
     from distft.model.files import materialise
     from distft.model.flops import flops_per_token
-    from distft.model.generation import generate
-    from distft.model.load import DTYPES, load_model
+    from distft.model.generation import Answer, answers, batches, generate
+    from distft.model.load import DTYPES, load_classifier, load_model
     from distft.model.loss import LossModel
     from distft.model.tokenizer import end_of_text_id, load_tokenizer, pad_id, stop_ids, token_bytes
 
 _HOMES = {
+    "Answer": "generation",
+    "answers": "generation",
+    "batches": "generation",
     "DTYPES": "load",
     "IGNORED": "batch",
     "Batch": "batch",
     "LossModel": "loss",
+    "class_weights": "build",
     "end_of_text_id": "tokenizer",
     "flops_per_token": "flops",
     "generate": "generation",
+    "load_classifier": "load",
     "load_model": "load",
     "load_tokenizer": "tokenizer",
     "materialise": "files",
     "pad_id": "tokenizer",
     "stop_ids": "tokenizer",
     "token_bytes": "tokenizer",
+    "training_model": "build",
 }
 
 __all__ = [
     "DTYPES",
     "IGNORED",
+    "Answer",
     "Batch",
     "LossModel",
+    "answers",
+    "batches",
+    "class_weights",
     "end_of_text_id",
     "flops_per_token",
     "generate",
+    "load_classifier",
     "load_model",
     "load_tokenizer",
     "materialise",
     "pad_id",
     "stop_ids",
     "token_bytes",
+    "training_model",
 ]
 
 

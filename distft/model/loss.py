@@ -1,10 +1,14 @@
-"""A causal language model and its loss over the supervised tokens of a batch.
+"""A language model or classifier, and its loss over the supervised tokens of a batch.
 
-Shapes: B rows, T tokens, N supervised tokens, D hidden, V vocabulary.
+For a classifier a text's one supervised token is its label's number, which stands behind its last real token: that
+token predicts it as a language model predicts the next token, with the head of K labels in place of that of V tokens.
+
+Shapes: B rows, T tokens, N supervised tokens, D hidden, V vocabulary, K labels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,13 +34,20 @@ class LossModel(nn.Module):
     isolation of packed segments that transformers reads from ``position_ids`` (transformers#46634).
 
     Args:
-        model: A causal language model of transformers; its output layer is replaced by an equal one.
+        model: A causal language model of transformers, whose output layer is replaced by an equal one, or a
+            classifier (:func:`distft.model.load_classifier`).
         activation_checkpointing: Whether to recompute each layer in the backward pass, to save memory.
-        fused: Whether to compute the loss chunk by chunk; by default wherever that is the same.
+        fused: Whether to compute a language model's loss chunk by chunk; by default wherever that is the same.
+        class_weights: What each label's losses are multiplied with, (K,); None for 1.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, activation_checkpointing: bool = False, fused: bool | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        activation_checkpointing: bool = False,
+        fused: bool | None = None,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -45,7 +56,10 @@ class LossModel(nn.Module):
             # The second name is that of transformers before 5.23; remove when the first is in the oldest we support.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self.fused = _is_plain_head(model) if fused is None else fused
+        self.classifies = isinstance(getattr(model, "score", None), nn.Linear)
+        # No buffer: DeepSpeed would round it to bf16 with the model.
+        self._class_weights = None if class_weights is None else torch.tensor(class_weights)
+        self.fused = not self.classifies and (_is_plain_head(model) if fused is None else fused)
         if self.fused:
             model.set_output_embeddings(LossHead.of(cast(nn.Linear, model.get_output_embeddings())))
 
@@ -57,24 +71,60 @@ class LossModel(nn.Module):
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
         """Each position's loss, (B, T) in fp32; 0 where nothing is supervised. Without gradients."""
+        return self.scores(batch)[0]
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What validation looks at, without gradients.
+
+        Returns:
+            Each position's loss, (B, T) in fp32, by class weights where there are any; 0 where nothing is supervised.
+            Whether a classifier thinks the position's label the likeliest, (B, T) bool; nowhere for language models.
+        """
         supervised = batch.labels != IGNORED
         losses = torch.zeros(batch.labels.shape, device=batch.labels.device)
-        losses[supervised] = self._losses(batch, supervised).float()
-        return losses
+        hits = torch.zeros_like(supervised)
+        if self.classifies:
+            targets, logits = batch.labels[supervised], self._class_logits(batch, supervised)
+            losses[supervised] = self._class_losses(logits, targets).float()
+            hits[supervised] = logits.argmax(1) == targets
+        else:
+            losses[supervised] = self._losses(batch, supervised).float()
+        return losses, hits
+
+    @torch.no_grad()
+    def class_log_probabilities(self, batch: Batch) -> Tensor:
+        """A classifier's log-probabilities of the labels at each supervised position, row by row: (N, K) in fp32."""
+        return torch.log_softmax(self._class_logits(batch, batch.labels != IGNORED).float(), dim=1)
 
     def _losses(self, batch: Batch, supervised: Tensor) -> Tensor:
         """Losses of the supervised positions, (N,), or already their sum where gradients are recorded."""
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "use_cache": False,
-        }
         targets = batch.labels[supervised]
+        if self.classifies:
+            return self._class_losses(self._class_logits(batch, supervised), targets)
         if self.fused:
-            hidden = self.model.base_model(**inputs).last_hidden_state
+            hidden = self.model.base_model(**_inputs(batch)).last_hidden_state
             return cast(Tensor, self.model.get_output_embeddings()(hidden[supervised], targets))
-        logits = self.model(**inputs).logits[supervised]
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+        logits = _in_fp32(self.model(**_inputs(batch)).logits[supervised])
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def _class_logits(self, batch: Batch, supervised: Tensor) -> Tensor:
+        """(N, K) in fp32; the model's own forward would look for one last token a row, and rows hold several texts."""
+        hidden = self.model.base_model(**_inputs(batch)).last_hidden_state
+        return _in_fp32(self.model.score(hidden[supervised]))
+
+    def _class_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weights = None if self._class_weights is None else self._class_weights.to(logits)
+        return F.cross_entropy(logits, targets, weights, reduction="none")
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+
+
+def _in_fp32(logits: Tensor) -> Tensor:
+    """At least: fp64 stays."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _is_plain_head(model: PreTrainedModel) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def prepare(job: Job, model_folder: Path, progress: Progress | None = None) -> P
     return prepared_folder(job, model_folder, lambda: task_of(job, model_folder), on_ray, progress)
 
 
-def on_ray(units: Sequence[Unit], do: Callable[[int, Unit], Report]) -> Iterator[Report]:
+def on_ray(units: Mapping[int, Unit], do: Callable[[int, Unit], Report]) -> Iterator[Report]:
     """Does each unit as a Ray Data task of one CPU; reports come as they are done."""
     import ray.data
 
@@ -44,7 +44,7 @@ def on_ray(units: Sequence[Unit], do: Callable[[int, Unit], Report]) -> Iterator
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tasks are the parallelism: one thread for each
         return {"report": pickle.dumps(do(item["number"], pickle.loads(item["unit"])))}
 
-    items = [{"number": number, "unit": pickle.dumps(unit)} for number, unit in enumerate(units)]
+    items = [{"number": number, "unit": pickle.dumps(unit)} for number, unit in units.items()]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(one)
     for row in dataset.iter_rows():
         yield pickle.loads(row["report"])

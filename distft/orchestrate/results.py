@@ -1,11 +1,11 @@
-"""What comes after training: the exported model, its scores beside the base model's, and text."""
+"""What comes after training: the exported model, and its scores beside the base model's."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,33 @@ from distft.config import Job
 from distft.data.order import sampled_rows
 from distft.data.store import Prepared
 from distft.errors import CheckpointError, JobError
+from distft.evaluation import DocumentScore, Estimate, Scored, Subject, Written
+from distft.export import ADAPTER
 from distft.export import export as write_export
 from distft.orchestrate.cluster import Node, connected, worker_resources
 from distft.orchestrate.data import Data, prepare
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.score import score_on_cluster
 from distft.runs import Run, append_line, decision, event, read_json, update_result, write_json
+from distft.task.metrics import METRICS, metrics_of
 from distft.train.folder import job_of
 
 
-def export(run: Run, *, to: Path | None = None, step: int | None = None, listener: Listener = SILENT) -> Path:
+def export(
+    run: Run, *, to: Path | None = None, step: int | None = None, merge: bool = True, listener: Listener = SILENT
+) -> Path:
     """Writes the best checkpoint, or that of ``step``, as a Hugging Face folder.
+
+    Args:
+        run: A trained run.
+        to: The folder to write; the run's ``export``, or its ``adapter``, where it is None.
+        step: The checkpoint; the best one where it is None.
+        merge: Whether an adapter is merged into the model; False writes the adapter alone.
+        listener: Who is told.
 
     Raises:
         CheckpointError: There is none to export.
+        JobError: The adapter is asked for, and there is none.
     """
     listener.stage("export")
     job = job_of(run)
@@ -41,8 +54,9 @@ def export(run: Run, *, to: Path | None = None, step: int | None = None, listene
         job,
         models.materialise(job.model, job.folder),
         checkpoint,
-        (to or run.export).resolve(),
+        (to or (run.export if merge else run.folder / ADAPTER)).resolve(),
         dtype=decision(run, "model.dtype"),
+        merge=merge,
         scores=read_json(run.evaluation) if run.evaluation.exists() else None,
     )
     append_line(run.metrics, event("export", checkpoint.step, str(folder)))
@@ -50,12 +64,18 @@ def export(run: Run, *, to: Path | None = None, step: int | None = None, listene
 
 
 def evaluate_all(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener) -> None:
-    """Base beside best on the sealed test split, and best on validation."""
+    """Base beside best on the sealed test split, and best on validation.
+
+    Answers are written for the first of them only, since that takes long; ``distft evaluate --split validation``
+    writes them for validation too.
+    """
     splits = [split for split in ("test", "validation") if len(Prepared.open(data.prepared).rows(split))]
     for split in splits:
         listener.stage(f"evaluate on {split}")
         compared = ["base", "best"] if job.evaluate.compare_base and split == "test" else ["best"]
-        _score(job, run, data, nodes, compared, split)
+        names = [name for name in metrics_of(job) if split == splits[0] or not METRICS[name].answers]
+        if names:
+            _score(job, run, data, nodes, compared, split, names, listener)
 
 
 def evaluate(run: Run, *, split: str = "test", model: str = "best", listener: Listener = SILENT) -> dict[str, Any]:
@@ -76,34 +96,83 @@ def evaluate(run: Run, *, split: str = "test", model: str = "best", listener: Li
         data = prepare(job, listener)
         listener.stage(f"evaluate on {split}")
         compared = ["base", model] if job.evaluate.compare_base and model != "base" else [model]
-        return _score(job, run, data, nodes, compared, split)
+        return _score(job, run, data, nodes, compared, split, metrics_of(job), listener)
 
 
-def _score(job: Job, run: Run, data: Data, nodes: list[Node], compared: list[str], split: str) -> dict[str, Any]:
+def _score(
+    job: Job,
+    run: Run,
+    data: Data,
+    nodes: list[Node],
+    compared: list[str],
+    split: str,
+    names: Sequence[str],
+    listener: Listener,
+) -> dict[str, Any]:
     """Scores ``compared`` on the cluster's workers and brings ``evaluation.json`` up to date."""
-    rows = Prepared.open(data.prepared).rows(split)
+    prepared = Prepared.open(data.prepared)
+    rows = prepared.rows(split)
     if not len(rows):
         raise JobError(f"the job has no {split} split", where=f"data.splits.{split}", fix="give it a share above 0")
-    indices = sampled_rows(len(rows), job.evaluate.samples, job.seed)
-    names = evaluation.METRICS if job.evaluate.metrics == "default" else job.evaluate.metrics
     if split == "test":
         looks = [{"time": time.time(), "model": model} for model in compared]
         update_result(run, test_looks=read_json(run.result)["test_looks"] + looks)
+    indices = sampled_rows(len(rows), job.evaluate.samples, job.seed)
+    results: dict[str, list[Scored]] = {}
+    if job.task.kind == "classification" and "base" in compared:
+        results["base"] = evaluation.guesses(rows, indices, prepared.labels, prepared.card["labels"]["rows"]["train"])
+    models = [model for model in compared if model not in results]
+    work = evaluation.units(
+        rows,
+        indices,
+        samples=job.evaluate.samples,
+        seed=job.seed,
+        max_new_tokens=job.evaluate.max_new_tokens if any(METRICS[name].answers for name in names) else None,
+    )
+    if models:
+        need = worker_resources(job, nodes)
+        with tempfile.TemporaryDirectory(dir=run.folder) as temporary:  # where every node sees it
+            subjects = [
+                _subject(job, run, data, _model_folder(run, data, model, Path(temporary)), split, names)
+                for model in models
+            ]
+            found = score_on_cluster(subjects, work, job, need, listener.progress)
+            results |= zip(models, found, strict=True)
+    written = {model: [one for part in parts for one in part.written] for model, parts in results.items()}
+    if any(written.values()):
+        _tell(run, written, split, job.evaluate.max_new_tokens, listener)
+    scored = {model: evaluation.merge(one for part in parts for one in part.scores) for model, parts in results.items()}
+    return _report(job, run, scored, split, names, prepared.labels)
+
+
+def _subject(job: Job, run: Run, data: Data, folder: Path, split: str, names: Sequence[str]) -> Subject:
+    return Subject(
+        model=folder,
+        prepared=data.prepared,
+        split=split,
+        kind=job.task.kind,
+        dtype=decision(run, "model.dtype"),
+        metrics=tuple(names),
+        max_new_tokens=job.evaluate.max_new_tokens,
+        trust_remote_code=job.model.trust_remote_code,
+    )
+
+
+def _report(
+    job: Job,
+    run: Run,
+    scored: dict[str, list[DocumentScore]],
+    split: str,
+    names: Sequence[str],
+    labels: Sequence[str],
+) -> dict[str, Any]:
+    """Puts the scores of some models on one split into ``evaluation.json``."""
     report: dict[str, Any] = read_json(run.evaluation) if run.evaluation.exists() else {}
-    with tempfile.TemporaryDirectory(dir=run.folder) as temporary:  # where every node sees it
-        folders = {model: _model_folder(run, data, model, Path(temporary)) for model in compared}
-        results = score_on_cluster(
-            list(folders.values()),
-            data.prepared,
-            split,
-            indices,
-            decision(run, "model.dtype"),
-            job,
-            worker_resources(job, nodes),
-        )
-        scored = dict(zip(folders, results, strict=True))
     for model, scores in scored.items():
         report.setdefault(model, {})[split] = _as_json(evaluation.summarise(scores, names, job.seed))
+        if labels:
+            classes = report.setdefault("classes", {}).setdefault(model, {})
+            classes[split] = evaluation.classes(scores, labels)
     if {"base", "best"} <= scored.keys():
         change = evaluation.difference(scored["base"], scored["best"], names, job.seed)
         report.setdefault("difference", {})[split] = _as_json(change)
@@ -111,8 +180,37 @@ def _score(job: Job, run: Run, data: Data, nodes: list[Node], compared: list[str
     return report
 
 
-def _as_json(estimates: dict[str, Any]) -> dict[str, Any]:
-    return {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
+#: Answers that are kept for a person to read.
+SHOWN_ANSWERS = 20
+
+
+def _tell(run: Run, written: dict[str, list[Written]], split: str, max_new_tokens: int, listener: Listener) -> None:
+    """Writes ``answers.jsonl``: the first documents' prompts and references, with the answer of each model.
+
+    Says how many answers were cut short because the model's context was full.
+    """
+    by_document: dict[int, dict[str, Any]] = {}
+    for model, answers in written.items():
+        for one in answers:
+            known = by_document.setdefault(one.document, {"prompt": one.prompt, "reference": one.reference})
+            known[model] = one.answer
+        short = sum(not one.stopped and one.tokens < max_new_tokens for one in answers)
+        if short:
+            listener.note(f"  {short} of {len(answers)} answers of {model} end where the model's context is full")
+    lines = [
+        {"split": split, "document": number, **by_document[number]} for number in sorted(by_document)[:SHOWN_ANSWERS]
+    ]
+    run.answers.unlink(missing_ok=True)
+    for line in lines:
+        append_line(run.answers, line)
+
+
+def _as_json(estimates: dict[str, Estimate]) -> dict[str, Any]:
+    """Without the p-value where there is none."""
+    return {
+        name: {key: value for key, value in dataclasses.asdict(estimate).items() if value is not None}
+        for name, estimate in estimates.items()
+    }
 
 
 def _model_folder(run: Run, data: Data, model: str, temporary: Path) -> Path:
@@ -124,44 +222,3 @@ def _model_folder(run: Run, data: Data, model: str, temporary: Path) -> Path:
     if not (run.export / "config.json").exists():
         return export(run)
     return run.export
-
-
-def generate(
-    run: Run,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
-    model: str = "best",
-) -> Iterator[str]:
-    """Continues ``prompt`` with a run's exported model, or its base; yields the text in pieces."""
-    job = job_of(run)
-    if model == "best" and not (run.export / "config.json").exists():
-        raise JobError(f"{run.name} has no exported model", where=str(run.export), fix=f"distft export {run.name}")
-    folder = run.export if model == "best" else models.materialise(job.model, job.folder)
-    trust = job.model.trust_remote_code
-    tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
-    loaded = models.load_model(folder, models.DTYPES[decision(run, "model.dtype")], trust_remote_code=trust)
-    yield from models.generate(
-        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
-
-
-#: The words of a validation document that both models continue at the end of a run, and the tokens that they write.
-SAMPLE_PROMPT_WORDS, SAMPLE_TOKENS = 16, 48
-
-
-def sample(job: Job, run: Run, data: Data) -> dict[str, str]:
-    """The start of a validation document (a training one where there is none) continued by base and tuned model."""
-    prepared = Prepared.open(data.prepared)
-    rows = next(rows for rows in (prepared.rows("validation"), prepared.rows("train")) if len(rows))
-    text = models.load_tokenizer(data.model).decode(
-        rows[0].input_ids[: 4 * SAMPLE_PROMPT_WORDS], skip_special_tokens=True
-    )
-    prompt = " ".join(text.split()[:SAMPLE_PROMPT_WORDS])
-    written = {
-        model: "".join(generate(run, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.0, seed=job.seed, model=model))
-        for model in ("base", "best")
-    }
-    return {"prompt": prompt, **written}

@@ -36,7 +36,8 @@ def run(
     Raises:
         DistftError: One of the tree in :mod:`distft.errors`; the run's folder keeps what was done.
     """
-    from distft.orchestrate.results import evaluate_all, export, sample
+    from distft.orchestrate.results import evaluate_all, export
+    from distft.orchestrate.writing import sample
 
     made = run_folder(job, runs or runs_folder(), name, resume)
     if resume and read_json(made.result)["status"] == "finished":

@@ -1,60 +1,57 @@
-"""Scoring as Ray tasks: each worker scores its share of the rows with each model."""
+"""Scoring as Ray tasks: each worker does its share of the work with each model."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
+from collections.abc import Callable, Iterator, Sequence
 
 from distft.config import Job
-from distft.evaluation import DocumentScore, merge, score
+from distft.evaluation import Scored, Subject, Unit, deal, score
 from distft.orchestrate.cluster import workers_of
 
 
 def score_on_cluster(
-    models: list[Path],
-    prepared: Path,
-    split: str,
-    indices: np.ndarray,
-    dtype: str,
+    subjects: Sequence[Subject],
+    work: Sequence[Unit],
     job: Job,
     need: dict[str, float],
-) -> list[list[DocumentScore]]:
-    """Scores rows of a split with each model.
+    progress: Callable[[int, int], None],
+) -> list[list[Scored]]:
+    """Does the same work with each model.
 
     Args:
-        models: Hugging Face folders that every node sees.
-        prepared: The prepared data's folder.
-        split: Which split.
-        indices: Which of its rows.
-        dtype: The dtype of the training, "bf16" or "fp32".
+        subjects: The models and what they are scored on.
+        work: Units of work; how they are dealt does not matter to what comes of them.
         job: The job, for its number of workers.
         need: What one worker holds.
+        progress: Told how many units of how many are done.
 
     Returns:
-        For each model the scores of the documents, over all workers.
+        For each model what came of each unit, over all workers.
     """
     import ray
 
-    shares = [share for share in np.array_split(indices, workers_of(job)) if len(share)]
     task = ray.remote(_score_share).options(
         num_cpus=need.get("CPU", 1),
         num_gpus=need.get("GPU", 0),
         resources={name: amount for name, amount in need.items() if name not in ("CPU", "GPU")},
         max_retries=job.cluster.max_failures,
+        num_returns="streaming",  # a unit's result is there as soon as it is done, and the model is loaded once
     )
-    pending = [
-        [task.remote(model, prepared, split, share, dtype, job.model.trust_remote_code) for share in shares]
-        for model in models
-    ]
-    return [merge(part for parts in ray.get(shares) for part in parts) for shares in pending]
+    shares = deal(work, workers_of(job))
+    owners = {task.remote(subject, share): number for number, subject in enumerate(subjects) for share in shares}
+    results: list[list[Scored]] = [[] for _ in subjects]
+    total = len(subjects) * len(work)
+    while owners:
+        (ready,), _ = ray.wait(list(owners), num_returns=1)
+        try:
+            results[owners[ready]].append(ray.get(next(ready)))
+        except StopIteration:
+            del owners[ready]
+        else:
+            progress(sum(map(len, results)), total)
+    return results
 
 
-def _score_share(
-    model: Path, prepared: Path, split: str, indices: np.ndarray, dtype: str, trust_remote_code: bool
-) -> list[DocumentScore]:
-    """What one worker scores."""
-    from distft.data.store import Prepared
-
-    rows = Prepared.open(prepared).rows(split)
-    return score(model, rows, indices, dtype=dtype, trust_remote_code=trust_remote_code)
+def _score_share(subject: Subject, share: list[Unit]) -> Iterator[Scored]:
+    """What one worker does."""
+    yield from score(subject, share)

@@ -1,1 +1,1 @@
-"""Tasks: from a document's text to token ids and what of them is a target. Language modelling is the first."""
+"""Tasks: from a row of text to token ids and what of them is a target."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from distft.config import Job
 from distft.data.example import Task
 from distft.data.prepare import Progress, prepared_folder
-from distft.errors import JobError
+from distft.task.classification import Classification
+from distft.task.generation import Generation
 from distft.task.language_modeling import LanguageModeling
 
 
@@ -15,20 +16,29 @@ def task_of(job: Job, model_folder: Path) -> Task:
     """The task that the job names, with the model's tokenizer; loads transformers.
 
     Raises:
-        JobError: The task is not built yet.
-        DataError: The tokenizer has no end of text, or is not of the fast kind.
+        DataError: The tokenizer has no end of text, is not of the fast kind, or lacks the chat template that the job's
+            conversations need.
     """
-    if job.task.kind != "language_modeling":
-        raise JobError(f"{job.task.kind} is not built yet", where="task.kind", fix="use language_modeling")
-    from distft.model import end_of_text_id, load_tokenizer  # torch takes seconds to import; a cache hit needs none
+    from distft.model import end_of_text_id, load_tokenizer, stop_ids  # a cache hit needs none of transformers
 
     tokenizer = load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code)
+    task, max_tokens, overlong = job.task, job.data.max_tokens, job.data.overlong
+    if task.kind == "classification":
+        return Classification.from_tokenizer(
+            tokenizer, max_tokens=max_tokens, overlong=overlong, text=task.text, label=task.label
+        )
+    end_of_text = end_of_text_id(tokenizer)
+    if task.kind == "generation":
+        return Generation.from_tokenizer(
+            tokenizer,
+            task,
+            stops=stop_ids(tokenizer),
+            end_of_text=end_of_text,
+            max_tokens=max_tokens,
+            overlong=overlong,
+        )
     return LanguageModeling.from_tokenizer(
-        tokenizer,
-        end_of_text_id(tokenizer),
-        max_tokens=job.data.max_tokens,
-        overlong=job.data.overlong,
-        column=job.task.text,
+        tokenizer, end_of_text, max_tokens=max_tokens, overlong=overlong, column=task.text
     )
 
 

@@ -44,6 +44,7 @@ class Training:
         validate_every: Steps from one validation to the next.
         checkpoint_every: Steps from one checkpoint to the next.
         patience: Validations without gain after which to stop; None goes on.
+        classifies: Whether each text has a label to be right about.
         flops_per_token: Forward and backward.
         peak_flops: What one worker can reach in a second.
         reporter: Who hears of it.
@@ -64,6 +65,7 @@ class Training:
     validate_every: int
     checkpoint_every: int
     patience: int | None
+    classifies: bool
     flops_per_token: float
     peak_flops: float
     reporter: Reporter
@@ -204,25 +206,31 @@ def _losses(training: Training, number: int, micro_batches: list[Indices], scale
 
 
 def validate(training: Training, number: int) -> float:
-    """Scores the validation rows on all ranks; the loss per supervised token is reported and returned."""
+    """Scores the validation rows on all ranks; the loss per supervised token is returned.
+
+    Reported beside it is accuracy for a classifier, perplexity for a language model. With class weights the loss is
+    weighted as in training.
+    """
     engine, rows = training.engine, training.validation
     size = training.plan.micro_batch_size
     scored = training.validation_rows
     mine = scored[engine.world.rank :: engine.world.size]
     passes = math.ceil(math.ceil(len(scored) / engine.world.size) / size)
     start = time.perf_counter()
-    total = 0.0
+    sums = [0.0, 0.0]
     for turn in range(passes):
         batch = batch_of(rows, mine[turn * size : (turn + 1) * size], training.pad_id)
-        total += float(engine.losses(batch).double().sum())
+        losses, hits = engine.scores(batch)
+        sums = [sums[0] + float(losses.double().sum()), sums[1] + int(hits.sum())]
     supervised = rows.supervised_tokens(scored)
-    loss = engine.sum_over_ranks([total])[0] / max(1, supervised)
+    loss, accuracy = (total / max(1, supervised) for total in engine.sum_over_ranks(sums))
+    quick = {"accuracy": accuracy} if training.classifies else {"perplexity": math.exp(min(loss, 700.0))}
     record: dict[str, Any] = {
         "kind": "validation",
         "time": time.time(),
         "step": number,
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        **quick,
         "supervised_tokens": supervised,
         "seconds": time.perf_counter() - start,
     }

@@ -14,10 +14,17 @@ from distft.train.loop import Progress
 
 def curve_settings(job: Job) -> dict[str, Any]:
     """The settings that the loss curve depends on beside data, stage and type, by dotted name."""
-    train = job.dump()["train"]
+    values = job.dump()
+    train, task, adapter = values["train"], values["task"], values["model"]["adapter"]
     names = ("epochs", "steps", "learning_rate", "schedule", "batch_size", "weight_decay", "max_grad_norm")
-    settings = {f"train.{name}": train[name] for name in names}
-    return {"seed": job.seed, "model.source": job.model.source, **settings}
+    return {
+        "seed": job.seed,
+        "model.source": job.model.source,
+        "model.adapter": None if adapter is None else adapter["kind"],
+        **{f"model.adapter.{name}": value for name, value in (adapter or {}).items()},
+        **{f"task.{name}": value for name, value in task.items()},
+        **{f"train.{name}": train[name] for name in names},
+    }
 
 
 def restore(engine: Engine, root: Path, state: State, *, resume: bool) -> tuple[Progress, list[str]]:
@@ -70,7 +77,11 @@ def _check_same(saved: State, now: State) -> None:
         "zero.stage": (saved.zero_stage, now.zero_stage),
         "model.dtype": (saved.dtype, now.dtype),
         "the prepared data": (saved.data_fingerprint, now.data_fingerprint),
-        **{name: (saved.settings.get(name), value) for name, value in now.settings.items()},
+        "the labels": (saved.labels, now.labels),
+        **{
+            name: (saved.settings.get(name), now.settings.get(name))
+            for name in sorted(saved.settings.keys() | now.settings.keys())
+        },
     }
     changed = [f"{name} was {before}, is {after}" for name, (before, after) in pairs.items() if before != after]
     if changed:

@@ -15,7 +15,15 @@ from distft.config import Job
 from distft.data.order import Order, sampled_rows
 from distft.data.store import Prepared, Rows
 from distft.engine import Engine
-from distft.model import DTYPES, LossModel, flops_per_token, load_model, load_tokenizer, pad_id
+from distft.model import (
+    DTYPES,
+    LossModel,
+    class_weights,
+    flops_per_token,
+    load_tokenizer,
+    pad_id,
+    training_model,
+)
 from distft.plan.choices import Choices, choose
 from distft.plan.hardware import Hardware, peak_flops
 from distft.runs import Run, event, read_json, read_lines, write_json
@@ -64,13 +72,16 @@ def work(
         _record(run, choices)
     prepared = Prepared.open(prepared_folder)
     dtype = DTYPES[choices.dtype.value]
-    model = load_model(model_folder, dtype, trust_remote_code=job.model.trust_remote_code)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops = flops_per_token(model.config, parameters, attended_tokens(prepared.rows("train")))
-    loss_model = LossModel(model, activation_checkpointing=choices.activation_checkpointing.value)
+    pad = pad_id(load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code))
+    model = training_model(job, model_folder, dtype, prepared.labels, pad)
+    flops = flops_per_token(model, attended_tokens(prepared.rows("train")))
+    loss_model = LossModel(
+        model,
+        activation_checkpointing=choices.activation_checkpointing.value,
+        class_weights=class_weights(job, prepared.labels, prepared.card),
+    )
     engine = engines.open(loss_model, _settings(job, choices), world, kind)
     del model, loss_model  # stage 3 splits the weights: nothing else may hold them whole
-    tokenizer = load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code)
     with FileReporter(run, is_main=world.is_main, tensorboard=job.track.tensorboard) as files:
         training = _training(
             job,
@@ -78,7 +89,7 @@ def work(
             engine,
             choices,
             prepared,
-            pad=pad_id(tokenizer),
+            pad=pad,
             flops=flops,
             peak=peak_flops(hardware, dtype).flops,
             reporter=reporter or files,
@@ -138,6 +149,7 @@ def _training(
         validate_every=train.validate_every.steps(order.steps),
         checkpoint_every=job.checkpoint.every.steps(order.steps),
         patience=train.patience,
+        classifies=job.task.kind == "classification",
         flops_per_token=flops,
         peak_flops=peak,
         reporter=reporter,
@@ -149,7 +161,13 @@ def _training(
 
 def _state(job: Job, world: World, choices: Choices, prepared: Prepared) -> State:
     return State(
-        0, world.size, choices.stage.value, choices.dtype.value, prepared.fingerprint, settings=curve_settings(job)
+        0,
+        world.size,
+        choices.stage.value,
+        choices.dtype.value,
+        prepared.fingerprint,
+        settings=curve_settings(job),
+        labels=list(prepared.labels),
     )
 
 

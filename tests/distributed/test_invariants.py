@@ -129,15 +129,15 @@ class Gone(Exception):
 
 
 class Until(FileReporter):
-    """Reports, and ends the process or the run after step 8."""
+    """Reports, and ends the process or the run after a step."""
 
-    def __init__(self, run: Run, *, is_main: bool, kill: bool) -> None:
+    def __init__(self, run: Run, *, is_main: bool, kill: bool, step: int = 8) -> None:
         super().__init__(run, is_main=is_main, tensorboard=False)
-        self._kill = kill
+        self._kill, self._step = kill, step
 
     def train(self, record: Record) -> None:
         super().train(record)
-        if record["step"] == 8:
+        if record["step"] == self._step:
             if self._kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise Gone

@@ -169,7 +169,7 @@ train:
         ("cluster: {resources_per_worker: {GPU: -1}}", "cluster.resources_per_worker.GPU: must be at least 0, not -1"),
         ("checkpoint: {budget: 20}", "checkpoint.budget: must be a size such as 20GB, 1.5TB or 500MiB, not 20"),
         ("track: {tensorboard: yes}", "track.tensorboard: must be true or false, not 'yes'; write true"),
-        ("evaluate: {metrics: [loss, los]}", "stop_rate, not 'los'; did you mean loss?"),
+        ("evaluate: {metrics: [loss, los]}", "calibration_error, not 'los'; did you mean loss?"),
         ("evaluate: {metrics: []}", "evaluate.metrics: must be a list of at least 1, not []"),
         ("train: {learning_rate: null}", "must be a number, not null; remove the line for the default"),
         ("seed: !int64 5", "seed: the tag !int64 means nothing in a job file; remove it"),

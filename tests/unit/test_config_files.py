@@ -17,6 +17,7 @@ def folder(tmp_path: Path) -> Path:
     files = {
         "data/a.txt": b"one",
         "data/b.txt": b"two",
+        "rows/deep/a.jsonl.gz": b"\x1f\x8b",
         "data/empty.jsonl": b"",
         "model.gguf": b"GGUF\x03\0\0\0",
         "fake.gguf": b"<html>",
@@ -26,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
         "nothing/readme.md": b"#",
     }
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     return tmp_path
 
@@ -48,6 +49,11 @@ def test_what_is_there_is_fine(folder: Path, monkeypatch: pytest.MonkeyPatch):
         "pypi://p==1/*.txt",
         f"'{folder}/data/*.txt'",
         "[data/a.txt, data/b.txt]",
+        "[data/a.txt, {source: data/b.txt, weight: 0.5}]",
+        "{train: rows, validation: data/a.txt, test: [data/b.txt]}",
+        "rows",
+        "rows/",
+        "s3://bucket/rows",
     ):
         assert lacking(folder, data=data) == []
 
@@ -74,7 +80,11 @@ def test_a_model_that_is_not_there(folder: Path, model: str, line: str):
         ("data/*.parquet", "data.source: no file matches 'data/*.parquet'; in data: a.txt, b.txt, empty.jsonl"),
         ("data/aa.txt", "data.source: there is no 'data/aa.txt'; in data: a.txt"),
         ("[data/a.txt, dta/b.txt]", "data.source.1: there is no 'dta/b.txt'; in .: bare, data"),
-        ("data", "data.source: 'data' is a folder; name its files: data/**/*.txt"),
+        ("data", "data.source: empty.jsonl is empty"),
+        ("nothing", "data.source: the folder 'nothing' holds no data files; known are .txt, .jsonl"),
+        ("'n*'", "data.source: only folders match 'n*'; end the pattern with the files' names"),
+        ("{train: rows, validation: data/a.txt, test: [data/c.txt]}", "data.source.test.0: there is no 'data/c.txt'"),
+        ("[data/a.txt, {source: data/c.txt, weight: 2}]", "data.source.1: there is no 'data/c.txt'"),
         ("data/empty.jsonl", "data.source: empty.jsonl is empty; remove it, or name the other files"),
     ],
 )

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from distft.data import documents
 from distft.data.documents import Columns, Piece, Record, Source, length, plan_units, read
+from distft.data.example import Column
 from distft.errors import DataError
 
-TEXT = Columns(("text",))
+TEXT = Columns((Column("text"),))
 
 
 def sources(*paths: Path) -> list[Source]:
@@ -43,7 +44,7 @@ def jsonl(path: Path, rows: list[object]) -> Path:
 def test_a_txt_file_is_one_document_or_one_a_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo \n\nfour")
     assert texts(path) == ["one\ntwo \n\nfour"]
-    assert texts(path, lines=True) == ["one", "two ", "", "four"]
+    assert texts(path, lines=True) == ["one", "two ", None, "four"]
     assert [record.row for record in records(path, lines=True)] == [1, 2, 3, 4]
     assert [record.is_empty for record in records(path, lines=True)] == [False, False, True, False]
     assert texts(path, lines=True, limit=2) == ["one", "two "]
@@ -53,8 +54,8 @@ def test_jsonl(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl", '\ufeff{"text": "é", "g": 1}\r\n\n{"text": null, "g": "1"}\n{"g": true, "text": ""}'
     )
-    found = records(path, Columns(("text",), "g", "g"))
-    assert [record.text for record in found] == [("é",), (None,), ("",)]
+    found = records(path, Columns((Column("text"),), "g", "g"))
+    assert [record.text for record in found] == [("é",), (None,), (None,)]
     assert [record.group for record in found] == ["1", '"1"', "true"]
     assert [record.row for record in found] == [1, 3, 4]
     assert texts(path, limit=2) == ["é", None]
@@ -71,15 +72,14 @@ def test_no_line_is_lost_or_read_twice_wherever_the_file_is_cut(
     content = "".join(f"{line}\n" for line in ["first", *lines]).encode()
     path = write(tmp_path_factory.mktemp("cut") / "a.txt", content)
     pieces = [
-        Piece(0, path, "lines", start, min(start + cut, len(content)), cut) for start in range(0, len(content), cut)
+        Piece(0, path, "a.txt", "lines", start, min(start + cut, len(content)), cut)
+        for start in range(0, len(content), cut)
     ]
     found, before = [], 0
     for piece in pieces:
         found += [(before + record.row, record.text[0]) for record in read(piece, TEXT)]
         before += length(piece)
-    assert found == list(
-        enumerate(["first", *(line.removeprefix("\ufeff") if not found else line for line in lines)], 1)
-    )
+    assert found == [(number, line if line.strip() else None) for number, line in enumerate(["first", *lines], 1)]
 
 
 def test_parquet_by_row_group(tmp_path: Path) -> None:
@@ -121,7 +121,8 @@ def refused(path: Path, columns: Columns = TEXT, *, lines: bool = False) -> str:
 def test_files_that_are_none(tmp_path: Path) -> None:
     assert "cannot be read" in refused(tmp_path / "missing.txt")
     assert "is empty" in refused(write(tmp_path / "empty.jsonl", ""))
-    assert "files of type .csv cannot be read" in refused(write(tmp_path / "a.csv", "text\nx"))
+    assert "files of type .docx cannot be read" in refused(write(tmp_path / "a.docx", "x"))
+    assert "files of type .parquet.gz cannot be read" in refused(write(tmp_path / "a.parquet.gz", "x"))
 
 
 def test_not_utf8_says_byte_and_line(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_missing_column_lists_those_there_are(tmp_path: Path) -> None:
     assert "body, id" in message
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     assert "columns here: body, n" in refused(tmp_path / "a.parquet")
-    assert "a txt file has no others" in refused(write(tmp_path / "a.txt", "x"), Columns(("text",), "author"))
+    assert "columns here: text, source" in refused(write(tmp_path / "a.txt", "x"), Columns((Column("text"),), "author"))
 
 
 def test_what_is_not_text_says_row_and_type(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_what_is_not_text_says_row_and_type(tmp_path: Path) -> None:
     assert "row 1" in refused(tmp_path / "a.parquet")
     assert "half a character" in refused(write(tmp_path / "b.jsonl", '{"text": "\\ud83d"}\n'))
     assert "cannot be told from others" in refused(
-        jsonl(tmp_path / "c.jsonl", [{"text": "x", "g": None}]), Columns(("text",), "g")
+        jsonl(tmp_path / "c.jsonl", [{"text": "x", "g": None}]), Columns((Column("text"),), "g")
     )
 
 

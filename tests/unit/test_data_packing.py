@@ -6,7 +6,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.data.packing import pack
+from distft.data import packing
+
+
+def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
+    segments, begins = packing.pack(lengths.astype(np.int32), room)
+    return [part.tolist() for part in np.split(segments, begins[1:-1])] if len(segments) else []
 
 
 @settings(max_examples=100, deadline=None)

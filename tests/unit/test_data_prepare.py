@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import random
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +18,29 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from distft.config import Job, SourcesSection, SplitsSection
 from distft.data import documents
 from distft.data.card import describe
-from distft.data.example import Example
+from distft.data.example import Column, Example
 from distft.data.prepare import one_by_one, prepared_folder
 from distft.data.splits import SPLITS
 from distft.data.store import Prepared
 from distft.errors import CapacityError, DataError
 from distft.task.prepare import prepare, task_of
-
-PHRASE = "the state of our union is strong and the people know that we must do more for every child in this land"
-WORDS = PHRASE.split()
+from tests.unit.tiny_data import WORDS, job, texts, tokenizer_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder with the tokenizer alone."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>"]
-    tokenizer.train_from_iterator(
-        [PHRASE] * 3,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    return folder
+    return tokenizer_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
-
-
-def texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(3, longest))) + f" {number}" for number in range(count)]
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def job(folder: Path, source: str | list[str] = "*.jsonl", seed: int = 17, **data: Any) -> Job:
-    values = {
-        "seed": seed,
-        "model": {"source": "tiny"},
-        "task": {"kind": "language_modeling"},
-        "data": {
-            "source": source,
-            "max_tokens": 64,
-            "overlong": "split",
-            "splits": {"validation": 0.1, "test": 0.1},
-            **data,
-        },
-    }
-    return Job.from_values(values, folder)
 
 
 def with_data(one_job: Job, **settings: Any) -> Job:
@@ -198,8 +160,8 @@ def test_units_of_work_may_be_done_in_any_order(
     assert table["row"].to_pylist() == [*range(1, 101), *range(1, 61)]
     shutil.rmtree(tmp_path / "cache")
 
-    def backwards(planned: Sequence[Any], do: Any) -> Any:
-        return reversed([do(number, planned[number]) for number in reversed(range(len(planned)))])
+    def backwards(planned: Mapping[int, Any], do: Any) -> Any:
+        return reversed([do(number, unit) for number, unit in reversed(list(planned.items()))])
 
     again = prepared_folder(one_job, model_folder, lambda: task_of(one_job, model_folder), backwards)
     assert contents(again) == plain
@@ -239,11 +201,13 @@ def test_invariant_6_copies_across_splits_are_counted_and_listed(tmp_path: Path,
     exact, near = card["leaks"]["exact"], card["leaks"]["near"]
     assert exact["within"] == {"train": 1, "validation": 0, "test": 0}
     assert (exact["documents"], exact["pairs"]) == (2, 5)
+    assert exact["listed"][0]["second"]["text"] == same[:80]
     assert (near["documents"], near["pairs"]) == (2, 3)
-    assert near["listed"][0]["first"] == {"split": "train", "source": "train.jsonl", "row": 6}
+    text = " ".join(" ".join(alike).split())[:80]
+    assert near["listed"][0]["first"] == {"split": "train", "source": "train.jsonl", "row": 6, "text": text}
     assert all(0.8 <= pair["similarity"] < 1 for pair in near["listed"])
     told = describe(card)
-    assert len(told.splitlines()) <= 15
+    assert len(told.splitlines()) <= 20
     assert "train train.jsonl:7 ~ validation validation.jsonl:7 (1.00)" in told
 
 
@@ -268,7 +232,7 @@ def test_a_second_time_costs_nothing_and_damage_is_repaired(
 
     assert prepared_folder(one_job, model_folder, never) == folder
     for damage in ("cut", "flip", "remove", "manifest"):
-        path = folder / ("manifest.json" if damage == "manifest" else "tokens-00000.arrow")
+        path = folder / ("manifest.json" if damage == "manifest" else "tokens-00000-00000.arrow")
         raw = path.read_bytes()
         if damage in ("cut", "manifest"):
             path.write_bytes(raw[: len(raw) // 2])
@@ -301,7 +265,8 @@ def test_the_key_is_of_content(tmp_path: Path, model_folder: Path) -> None:
 class Masked:
     """A stand-in for tasks that mask: a token is a target where its letter is in upper case."""
 
-    columns: tuple[str, ...] = ("text",)
+    columns: tuple[Column, ...] = (Column("text"),)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def encode(self, rows: Sequence[tuple[str, ...]]) -> list[Example]:
         examples = []
@@ -332,7 +297,7 @@ def test_invariant_5_masks_travel_with_their_tokens(tmp_path: Path, model_folder
 
 def test_invariant_5_data_without_a_target_is_refused(tmp_path: Path, model_folder: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"nothing {number}"} for number in range(40)])
-    with pytest.raises(DataError, match="no token of the training split is a target"):
+    with pytest.raises(DataError, match=r"no token of the training split is a target(.|\n)*rows: a.jsonl row \d+, "):
         prepared_folder(job(tmp_path), model_folder, Masked)
     write_jsonl(tmp_path / "a.jsonl", [{"text": " "}, {"text": None}])
     with pytest.raises(DataError, match="none of the 2 rows holds any text"):
@@ -374,7 +339,7 @@ def test_an_error_of_a_unit_arrives_as_itself(tmp_path: Path, model_folder: Path
 def test_a_node_that_does_not_see_the_folder_says_so(tmp_path: Path, model_folder: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts(30)])
 
-    def elsewhere(planned: Sequence[Any], do: Any) -> Any:
+    def elsewhere(planned: Mapping[int, Any], do: Any) -> Any:
         shutil.rmtree(next((tmp_path / "cache" / "prepared").glob("*.building")))
         return one_by_one(planned, do)
 
@@ -396,9 +361,10 @@ def test_a_full_disk_is_an_error_with_figures(
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts(30)])
 
-    def on_a_full_disk(planned: Sequence[Any], do: Any) -> Any:
+    def on_a_full_disk(planned: Mapping[int, Any], do: Any) -> Any:
         building = next((tmp_path / "cache" / "prepared").glob("*.building"))
-        (building / "tokens-00000.arrow").symlink_to("/dev/full")
+        name = f"tokens-00000-00000.arrow.{platform.node()}-{os.getpid()}.partial"
+        (building / name).symlink_to("/dev/full")
         return one_by_one(planned, do)
 
     one_job = job(tmp_path)

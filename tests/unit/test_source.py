@@ -61,17 +61,20 @@ def test_local_paths_and_globs_are_sorted_and_relative_to_the_job(tmp_path: Path
         (tmp_path / "data" / name).write_text(name)
 
     def names(address: str) -> list[str]:
-        return [str(path.relative_to(tmp_path / "data")) for path in source.files(address, tmp_path)]
+        found = source.files(address, tmp_path)
+        assert [file.name for file in found] == [str(file.path) for file in found]
+        return [str(file.path.relative_to(tmp_path / "data")) for file in found]
 
     assert names("data/*.txt") == ["a.txt", "b.txt"]
     assert names("data/**/*.txt") == ["a.txt", "b.txt", "deep/c.txt", "deep/deeper/d.txt"]
     assert names("data/e.md") == ["e.md"]
     assert names(str(tmp_path / "data" / "?.md")) == ["e.md"]
+    assert names("../" + tmp_path.name + "/data/e.md") == ["e.md"]
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("x")
-    assert source.files("a[1].txt", tmp_path) == [tmp_path / "a[1].txt"]
+    assert [file.path for file in source.files("a[1].txt", tmp_path)] == [tmp_path / "a[1].txt"]
 
 
 def test_a_missing_file_names_what_is_near(tmp_path: Path) -> None:
@@ -89,13 +92,57 @@ def test_empty_files_folders_and_other_schemes_are_refused(tmp_path: Path) -> No
         source.files("*.txt", tmp_path)
     with pytest.raises(DataError, match="is empty"):
         source.file("void.txt", tmp_path)
-    with pytest.raises(DataError, match="files are wanted"):
+    with pytest.raises(DataError, match="holds no data files"):
         source.files("folder", tmp_path)
     with pytest.raises(DataError, match="only folders match"):
         source.files("folder/*", tmp_path)
-    with pytest.raises(JobError, match="s3"):
-        source.files("s3://bucket/x.txt", tmp_path)
+    with pytest.raises(JobError, match="nothing is read from ftp://"):
+        source.files("ftp://host/x.txt", tmp_path)
     assert source.file("folder", tmp_path) == tmp_path / "folder"
+
+
+def test_a_folder_is_its_data_files(tmp_path: Path) -> None:
+    rows = ("a.txt", "deep/b.jsonl.gz", "deep/c.PARQUET", "state/d.csv")
+    others = ("readme.md", ".hidden/e.txt", "deep/.f.txt", "dataset_info.json", "deep/state.json", "code.py")
+    for name in rows + others:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text(name)
+    for address in ("data", "data/", str(tmp_path / "data"), "./data"):
+        found = source.files(address, tmp_path)
+        assert [str(file.path.relative_to(tmp_path / "data")) for file in found] == list(rows)
+
+
+def test_an_archive_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "data.zip"
+
+    def pack(members: dict[str, str]) -> None:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, text in members.items():
+                archive.writestr(name, text)
+
+    pack({"rows/a.csv": "text\n1", "b.txt": "2", "readme.md": "#", "__MACOSX/a.txt": "x", ".c.txt": "y"})
+    found = source.files("*.zip", tmp_path)
+    assert [(file.name, file.path.read_text()) for file in found] == [
+        (f"{path}/b.txt", "2"),
+        (f"{path}/rows/a.csv", "text\n1"),
+    ]
+    found[0].path.write_text("3")
+    assert source.files("data.zip", tmp_path)[0].path.read_text() == "3"
+    pack({"b.txt": "changed"})
+    assert [file.path.read_text() for file in source.files("data.zip", tmp_path)] == ["changed"]
+    pack({"readme.md": "#"})
+    with pytest.raises(DataError, match=r"no data files in the archive\n.*readme\.md"):
+        source.files("data.zip", tmp_path)
+    pack({"../../evil.txt": "x"})
+    with pytest.raises(DataError, match="no data files"):
+        source.files("data.zip", tmp_path)
+    assert not list(tmp_path.rglob("evil.txt"))
+    pack({"a.txt": "text" * 1000})
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(DataError, match=r"data\.zip: the archive cannot be unpacked"):
+        source.files("data.zip", tmp_path)
 
 
 def test_sha256_is_checked(tmp_path: Path) -> None:
@@ -114,8 +161,9 @@ def test_a_wheel_is_fetched_once_and_only_what_is_needed_is_unpacked(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = source.files("pypi://Tiny_Texts==1.0/tiny_texts/data/*.txt", tmp_path)
-    assert [path.name for path in found] == ["a.txt", "b.txt"]
-    assert [path.read_bytes() for path in found] == [b"first", b"second"]
+    assert [file.path.name for file in found] == ["a.txt", "b.txt"]
+    assert [file.path.read_bytes() for file in found] == [b"first", b"second"]
+    assert found[0].name.startswith("pypi://tiny-texts==1.0/")
     unpacked = {
         path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix in (".txt", ".py")
     }
@@ -124,7 +172,9 @@ def test_a_wheel_is_fetched_once_and_only_what_is_needed_is_unpacked(
 
     (index / "tiny_texts-1.0-py3-none-any.whl").unlink()  # the index is gone: what is cached still serves
     deep = source.files("pypi://tiny-texts==1.0/tiny_texts/data/**/*.txt", tmp_path)
-    assert [path.name for path in deep] == ["a.txt", "b.txt", "c.txt"]
+    assert [file.path.name for file in deep] == ["a.txt", "b.txt", "c.txt"]
+    folder = source.files("pypi://tiny-texts==1.0/tiny_texts/data", tmp_path)
+    assert [file.path.name for file in folder] == ["a.txt", "b.txt", "c.txt"]
     whole = source.file("pypi://tiny-texts==1.0/tiny_texts/data", tmp_path)
     assert (whole / "deep" / "c.txt").read_bytes() == b"third"
     monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "another"))

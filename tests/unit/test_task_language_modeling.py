@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from distft.task.language_modeling import LanguageModeling, cut
+from distft.task.encoder import Encoder, cut
+from distft.task.language_modeling import LanguageModeling
 
 END, BEGIN = "<|endoftext|>", "<|begin|>"
 CORPUS = ["the cat sat on the mat, the dog sat on the cat", "naïve café: größe 日本語 🙂 the end of the day"] * 4
@@ -102,9 +103,7 @@ def test_ids_are_those_of_the_tokenizer() -> None:
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60))
 def test_bytes_of_tokens_sum_to_the_text(kind: str, text: str) -> None:
-    from distft.task import language_modeling as module
-
-    encoder = module._Encoder(KINDS[kind].to_str())
+    encoder = Encoder(KINDS[kind].to_str())
     ((ids, counted),) = encoder.encode([text])
     assert ids == encoder.tokenizer.encode(text).ids
     assert counted.sum() == len(text.encode()) or not ids

@@ -6,7 +6,6 @@ import io
 
 from rich.console import Console
 
-from distft.cli.tables import score_lines, verdict
 from distft.cli.view import View, describe_step, duration
 
 STEP = {
@@ -63,21 +62,3 @@ def test_a_terminal_shows_the_step_as_it_goes() -> None:
         view.stage("train")
         view.record(STEP)
     assert "loss 2.5000" in output.getvalue()
-
-
-def estimate(value: float, low: float, high: float) -> dict[str, float]:
-    return {"value": value, "low": low, "high": high, "n": 20}
-
-
-def test_the_verdict_follows_the_interval_of_the_difference() -> None:
-    for change, word in (((-3, -4, -2), "Better"), ((3, 2, 4), "Worse"), ((-1, -2, 0.5), "No clear difference")):
-        scores = {"difference": {"test": {"perplexity": estimate(*change)}}}
-        assert verdict(scores, "test").startswith(word)
-
-
-def test_scores_stand_beside_each_other() -> None:
-    scores = {kind: {"test": {"perplexity": estimate(20, 18, 22)}} for kind in ("base", "best", "difference")}
-    title, header, line = score_lines(scores, "test")
-    assert title == "Test split, 20 documents, 95 % intervals"
-    assert header.split() == ["base", "tuned", "difference", "(paired)"]
-    assert line.count("20 (18 to 22)") == 3

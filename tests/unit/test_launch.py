@@ -92,6 +92,19 @@ def test_the_job_of_the_readme_is_valid(tmp_path: Path) -> None:
     assert check_files(Job.load(tmp_path / "job.yaml")) == []
 
 
+def test_the_sections_of_the_readme_are_valid(tmp_path: Path) -> None:
+    tasks = re.findall(r"^task: .*$", README, re.MULTILINE)
+    data = re.findall(r"```yaml\n(data:.*?)```", README, re.DOTALL)
+    assert (len(tasks), len(data)) == (6, 1)  # two tasks stand in whole jobs, one of them wrong
+    for task in tasks:
+        if "modelling" not in task:
+            (tmp_path / "job.yaml").write_text(f"model: {{source: gpt2}}\n{task}\ndata: {{source: a.jsonl}}\n")
+            Job.load(tmp_path / "job.yaml")
+    for section in data:
+        (tmp_path / "job.yaml").write_text(f"model: {{source: gpt2}}\ntask: {{kind: language_modeling}}\n{section}")
+        Job.load(tmp_path / "job.yaml")
+
+
 def test_the_mistakes_of_the_readme_get_the_messages_of_the_readme(tmp_path: Path) -> None:
     (wrong,) = re.findall(r"```yaml\n(model: .*?)```", README, re.DOTALL)
     (tmp_path / "job.yaml").write_text(wrong)

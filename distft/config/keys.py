@@ -33,6 +33,10 @@ ELSEWHERE = {
     "max_seq_len": "data.max_tokens",
     "max_seq_length": "data.max_tokens",
     "sequence_length": "data.max_tokens",
+    "sequence_len": "data.max_tokens",
+    "cutoff_len": "data.max_tokens",
+    "sample_packing": "data.packing",
+    "datasets": "data.source",
     "dataset": "data.source",
     "data_files": "data.source",
     "train_file": "data.source",
@@ -43,6 +47,13 @@ ELSEWHERE = {
     "fp16": "model.dtype",
     "lora": "model.adapter",
     "peft": "model.adapter",
+    "peft_config": "model.adapter",
+    "lora_r": "model.adapter.rank",
+    "lora_rank": "model.adapter.rank",
+    "lora_alpha": "model.adapter.alpha",
+    "lora_dropout": "model.adapter.dropout",
+    "lora_target": "model.adapter.targets",
+    "target_modules": "model.adapter.targets",
     "deepspeed": "zero.stage",
     "zero_stage": "zero.stage",
     "zero_optimization": "zero.stage",
@@ -59,6 +70,11 @@ ELSEWHERE = {
 WITHOUT = {
     "gradient_accumulation_steps": "accumulation follows from train.batch_size, train.micro_batch_size and the workers",
     "save_total_limit": "checkpoint.budget keeps checkpoints within a number of bytes",
+    "chat_template": "the tokenizer's own chat template is used",
+    "template": "the tokenizer's own chat template is used",
+    "train_on_inputs": "prompts carry no loss in task.kind: generation",
+    "assistant_only_loss": "prompts carry no loss in task.kind: generation",
+    "completion_only_loss": "prompts carry no loss in task.kind: generation",
     "output_dir": "runs are kept under --runs DIR",
 }
 """Names from elsewhere that have no key here, and why."""
@@ -102,8 +118,8 @@ def sections_at(job: type[BaseModel], path: Path) -> list[type[BaseModel]]:
         for leaf in (leaf for annotation in annotations for leaf in leaves(annotation)):
             if isinstance(leaf, type) and issubclass(leaf, BaseModel):
                 below += [leaf.model_fields[part].annotation] if part in leaf.model_fields else []
-            elif get_origin(leaf) is dict:
-                below.append(get_args(leaf)[1])
+            elif get_origin(leaf) in (dict, list):
+                below.append(get_args(leaf)[-1])
         annotations = below
     return [model for annotation in annotations for model in models(annotation)]
 

@@ -374,3 +374,22 @@ def test_every_is_at_least_one_step_and_at_most_the_run(fraction: float, total: 
     assert 1 <= every <= total
     assert abs(every - fraction * total) <= 1
     assert Every(Steps(steps=7)).steps(total) == 7
+
+
+def test_keys_of_a_list_s_entries_and_of_peers_are_understood(job_file):
+    (line,) = lines(
+        job_file("""\
+model: {source: gpt2}
+task: {kind: language_modeling}
+data: {source: [{source: a.jsonl, weigt: 2}]}
+""")
+    )
+    assert line.endswith("data.source.0.weigt: unknown key; did you mean weight?")
+    (line,) = lines(
+        job_file("""\
+model: {source: gpt2, adapter: {kind: lora, lora_r: 8}}
+task: {kind: language_modeling}
+data: {source: a.txt}
+""")
+    )
+    assert line.endswith("model.adapter.lora_r: unknown key; here that is model.adapter.rank")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1
+CERTIFICATE = "distft.json"
 ADAPTER = "adapter"
 """The folder beside a merged model that holds its adapter alone."""
 
@@ -75,11 +76,24 @@ def export(
             write_adapter(model, folder / ADAPTER if merge else folder, job.model.source)
         if merge:
             _write_model(job, model, tokenizer, pad, folder)
-        (folder / "README.md").write_text(model_card(job, checkpoint, dtype, scores, merged=merge), encoding="utf-8")
-        for path in _files(folder):
-            path.chmod(0o644)  # safetensors writes 0600; a served folder is read by another user
-        write_json(folder / "distft.json", _certificate(job, checkpoint, dtype, folder))
+        write_card(job, checkpoint, folder, dtype=dtype, merged=merge, scores=scores)
     return to
+
+
+def write_card(
+    job: Job,
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    dtype: str,
+    merged: bool = True,
+    scores: dict[str, Any] | None = None,
+) -> None:
+    """Writes an export's model card and, last, ``distft.json``, which vouches for every file; arguments as above."""
+    (folder / "README.md").write_text(model_card(job, checkpoint, dtype, scores, merged=merged), encoding="utf-8")
+    for path in _files(folder):
+        path.chmod(0o644)  # safetensors writes 0600; a served folder is read by another user
+    write_json(folder / CERTIFICATE, _certificate(job, checkpoint, dtype, folder))
 
 
 @contextmanager
@@ -155,7 +169,9 @@ def _certificate(job: Job, checkpoint: Checkpoint, dtype: str, folder: Path) -> 
         "base": job.model.source,
         "task": job.task.kind,
         "labels": checkpoint.state.labels,
-        "sha256": {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)},
+        "sha256": {
+            path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder) if path.name != CERTIFICATE
+        },
     }
 
 

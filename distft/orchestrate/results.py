@@ -17,7 +17,7 @@ from distft.data.order import sampled_rows
 from distft.data.store import Prepared
 from distft.errors import CheckpointError, JobError
 from distft.evaluation import DocumentScore, Estimate, Scored, Subject, Written
-from distft.export import ADAPTER
+from distft.export import ADAPTER, write_card
 from distft.export import export as write_export
 from distft.orchestrate.cluster import Node, connected, worker_resources
 from distft.orchestrate.data import Data, prepare
@@ -142,7 +142,11 @@ def _score(
     if any(written.values()):
         _tell(run, written, split, job.evaluate.max_new_tokens, listener)
     scored = {model: evaluation.merge(one for part in parts for one in part.scores) for model, parts in results.items()}
-    return _report(job, run, scored, split, names, prepared.labels)
+    report = _report(job, run, scored, split, names, prepared.labels)
+    checkpoint = best(checkpoints_folder(job, run))
+    if split == "test" and "best" in compared and checkpoint is not None:
+        write_card(job, checkpoint, run.export, dtype=decision(run, "model.dtype"), scores=report)
+    return report
 
 
 def _subject(job: Job, run: Run, data: Data, folder: Path, split: str, names: Sequence[str]) -> Subject:

@@ -113,7 +113,7 @@ print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_token
     )
     assert ran.stdout
     assert (finished / "export" / "model.safetensors").stat().st_mode & 0o777 == 0o644
-    assert "distft" in (finished / "export" / "README.md").read_text()
+    assert "Scores on the test split" in (finished / "export" / "README.md").read_text()
 
 
 def test_generate_is_the_exported_model(home: Home, finished: Path) -> None:

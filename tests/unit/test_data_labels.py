@@ -17,17 +17,9 @@ from distft.data.splits import SPLITS
 from distft.data.store import Prepared
 from distft.errors import DataError
 from distft.task.prepare import prepare
-from tests.unit.tiny_data import job, texts, tokenizer_folder, write_jsonl
+from tests.unit.tiny_data import job, texts, write_jsonl
 
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tokenizer_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def classify(folder: Path, given: list[str] | None = None, **data: Any) -> Job:

@@ -29,18 +29,9 @@ from distft.data.splits import SPLITS
 from distft.data.store import Prepared
 from distft.errors import CapacityError, DataError
 from distft.task.prepare import prepare, task_of
-from tests.unit.tiny_data import WORDS, job, texts, tokenizer_folder, write_jsonl
+from tests.unit.tiny_data import WORDS, job, texts, write_jsonl
 
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder with the tokenizer alone."""
-    return tokenizer_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def with_data(one_job: Job, **settings: Any) -> Job:

@@ -20,7 +20,7 @@ from distft.data.splits import SPLITS
 from distft.data.store import Prepared
 from distft.errors import DataError
 from distft.task.prepare import prepare, task_of
-from tests.unit.tiny_data import WORDS, job, texts, tokenizer_folder, write_jsonl
+from tests.unit.tiny_data import WORDS, job, texts, write_jsonl
 
 SCRIPT = """
 import sys, time
@@ -44,14 +44,7 @@ prepared_folder(one_job, model_folder, lambda: task_of(one_job, model_folder), s
 """
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tokenizer_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class Counting:

@@ -187,7 +187,7 @@ def test_invariant_2_loss(trained: Path, reference: Variant) -> None:
     compared = [
         one for one in ALL if one.kind == "zero" and reference.over(one.ranks, one.stage, one.micro_batch) == one
     ]
-    assert len(compared) >= 2
+    assert compared
     for one in compared:
         curve = tiny.curve(trained, one.name)
         assert [step["sample_digest"] for step in curve] == [step["sample_digest"] for step in expected]

@@ -14,6 +14,9 @@ from distft.runs import Run, read_json
 from distft.task.metrics import METRICS, headline
 from distft.train.folder import job_of
 
+#: The command as a person can type it, also where the environment is not activated; found before any stage runs, since
+#: the engine puts the environment's scripts on the path.
+DISTFT = "distft" if shutil.which("distft") else sys.argv[0]
 #: Metrics whose name says too little.
 TITLES = {
     "bits_per_byte": "bits per byte",
@@ -162,18 +165,17 @@ def sample_lines(sample: Mapping[str, str]) -> list[str]:
 
 def _next(run: Run, job: Job, job_file: Path, step: int, sample: Mapping[str, str] | None) -> Sequence[str]:
     """Commands to go on with."""
-    distft = "distft" if shutil.which("distft") else sys.argv[0]  # an environment that was not activated
     commands = [
-        f"{distft} evaluate {run.name} --model last",
-        f"{distft} run {job_file} --name {run.name}-longer --set train.steps={3 * step}",
+        f"{DISTFT} evaluate {run.name} --model last",
+        f"{DISTFT} run {job_file} --name {run.name}-longer --set train.steps={3 * step}",
     ]
     if job.task.kind == "classification":
         return commands
     if job.task.kind == "generation":
         prompt = " ".join(sample["prompt"].split()) if sample and len(sample["prompt"]) <= 200 else "Who are you?"
-        return [f"{distft} generate {run.name} --prompt {shlex.quote(prompt)}", *commands]
+        return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(prompt)}", *commands]
     words = " ".join(sample["prompt"].split()[:5]) if sample else "Once upon a time"
-    return [f"{distft} generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8", *commands]
+    return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8", *commands]
 
 
 def _cut(text: str, width: int) -> str:

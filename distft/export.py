@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.checkpoint import Checkpoint
+from distft.checkpoint import Checkpoint, weights
 from distft.config import Job
 from distft.errors import CheckpointError, JobError
 from distft.runs import write_json
@@ -37,8 +37,9 @@ def export(
 ) -> Path:
     """Writes the weights of a checkpoint, with tokenizer, generation settings and a model card.
 
-    It is a whole model: an adapter is merged into it, and lies beside it in ``adapter/`` as well. The folder appears
-    whole or not at all; one that is there already is replaced.
+    It is a whole model: an adapter is merged into it, and lies beside it in ``adapter/`` as well. Where the base was
+    quantised, the adapter is merged into the rounded weights that it was trained on, which are plain again. The folder
+    appears whole or not at all; one that is there already is replaced.
 
     Args:
         job: The job that was run.
@@ -56,7 +57,6 @@ def export(
         JobError: The adapter is asked for, and there is none.
         CheckpointError: The checkpoint is of another model.
     """
-    from distft.engine import consolidate
     from distft.model import DTYPES, load_tokenizer, pad_id, training_model
 
     if not merge and job.model.adapter is None:
@@ -67,8 +67,9 @@ def export(
         )
     tokenizer = load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code)
     pad = pad_id(tokenizer)
-    model = training_model(job, model_folder, DTYPES[dtype], checkpoint.state.labels, pad)
-    _load(model, consolidate(checkpoint.folder), checkpoint)
+    model = training_model(job, model_folder, DTYPES[dtype], checkpoint.state.labels, pad, packed=False)
+    with checkpoint.shards() as files:
+        _load(model, weights(files), checkpoint)
     with _whole_or_not_at_all(to) as folder:
         if job.model.adapter is not None:
             from distft.model.adapter import write_adapter
@@ -137,14 +138,14 @@ def _merge(model: PreTrainedModel) -> None:
     model.to(dtype)
 
 
-def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+def _load(model: PreTrainedModel, trained: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
     """Puts a checkpoint's weights into the model; absent from it may be frozen ones, and those tied to another one.
 
     Raises:
         CheckpointError: The checkpoint is of another model.
     """
-    found = model.load_state_dict(weights, strict=False)
-    tied = {id(parameter) for name, parameter in model.named_parameters() if name in weights}
+    found = model.load_state_dict(trained, strict=False)
+    tied = {id(parameter) for name, parameter in model.named_parameters() if name in trained}
     state = dict(model.named_parameters(remove_duplicate=False))
     missing = [
         name
@@ -154,7 +155,7 @@ def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], checkpoint: 
     if missing or found.unexpected_keys:
         raise CheckpointError(
             f"the weights do not fit the model: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}",
-            where=str(checkpoint.folder),
+            where=checkpoint.place,
             fix="was model.source changed since the run began?",
         )
 
@@ -212,6 +213,11 @@ def model_card(
     if adapter is not None:
         place = f"merged into the weights, and alone in `{ADAPTER}/` for peft" if merged else "to be loaded with peft"
         lines.append(f"LoRA: rank {adapter.rank}, alpha {adapter.alpha:g}; {place}.")
+        if adapter.quantize is not None:
+            lines.append(
+                "QLoRA: the frozen matrices of the base were rounded to 4 bits (NF4, double quantisation) in training, "
+                "and the merged weights are the rounded ones with the adapter added."
+            )
     if classifies:
         lines += ["", f"Labels: {', '.join(f'`{label}`' for label in checkpoint.state.labels)}."]
     if scores:
@@ -239,6 +245,12 @@ def _example(job: Job, labels: list[str], *, merged: bool) -> list[str]:
             f'base = {kind}.from_pretrained("{job.model.source}"{options})',
             'model = PeftModel.from_pretrained(base, "this/folder")',
         ]
+        if job.model.adapter is not None and job.model.adapter.quantize is not None:
+            lines[1] += ", BitsAndBytesConfig"
+            lines[3:4] = [
+                'nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}',
+                lines[3].removesuffix(")") + ", quantization_config=BitsAndBytesConfig(load_in_4bit=True, **nf4))",
+            ]
     if classifies and merged:
         lines += [
             'logits = model(**tokenizer(["a text"], padding=True, return_tensors="pt")).logits',

@@ -6,11 +6,28 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distft.errors import JobError
+
+#: Why training is asked to stop: by a person; because more workers can be had; because a node is about to go.
+Stop = Literal["interrupt", "resize", "preempted"]
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """What the workers are asked to do; a file in the run's folder carries it.
+
+    Attributes:
+        reason: ``interrupt``: save and stop. ``resize``: stop at the next checkpoint. ``preempted``: save at once, go
+            on, and save again and stop just before the deadline.
+        deadline: Seconds since the epoch at which a node goes; ``preempted`` only.
+    """
+
+    reason: Stop
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +98,29 @@ class Run:
 
     @property
     def stop_request(self) -> Path:
-        """Present while somebody asks the workers to checkpoint and stop."""
+        """Present while somebody asks the workers to stop: see :meth:`asked` and :meth:`ask`."""
         return self.folder / "stop-requested"
+
+    @property
+    def key(self) -> Path:
+        """What checkpoints are signed with (HMAC): readable by the run's owner alone."""
+        return self.folder / "key"
+
+    @property
+    def row_losses(self) -> Path:
+        """The loss of every row of every step: float32, row r of 1-based step s at ``(s - 1) * batch_size + r``."""
+        return self.folder / "row-losses.f32"
+
+    def ask(self, request: StopRequest) -> None:
+        """Asks the workers to stop; a later request takes the place of an earlier one."""
+        write_json(self.stop_request, asdict(request))
+
+    def asked(self) -> StopRequest | None:
+        """What the workers are asked to do, or None."""
+        try:
+            return StopRequest(**read_json(self.stop_request))
+        except FileNotFoundError:
+            return None
 
     @classmethod
     def find(cls, name_or_path: str, runs: Path) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -38,10 +39,22 @@ def start_ranks(
     command: Sequence[str], world_size: int, folder: Path, env: Mapping[str, str] | None = None
 ) -> list[subprocess.Popen[bytes]]:
     """Starts ``command`` once per rank, with what torchrun would set; output goes to ``folder/rank-N.txt``."""
-    port = free_port()
     processes = []
-    for rank in range(world_size):
-        variables = {
+    for rank, variables in enumerate(_variables(world_size)):
+        with (folder / f"rank-{rank}.txt").open("wb") as output:
+            processes.append(
+                subprocess.Popen(
+                    command, env={**variables, **(env or {})}, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT
+                )
+            )
+    return processes
+
+
+def _variables(world_size: int) -> list[dict[str, str]]:
+    """The environment of each rank: what torchrun would set."""
+    port = free_port()
+    return [
+        {
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -51,16 +64,14 @@ def start_ranks(
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
-            **(env or {}),
         }
-        with (folder / f"rank-{rank}.txt").open("wb") as output:
-            processes.append(
-                subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
-            )
-    return processes
+        for rank in range(world_size)
+    ]
 
 
-def wait_for_ranks(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_seconds: float) -> Ranks:
+def wait_for_ranks(
+    processes: Sequence[subprocess.Popen[bytes] | _Forked], folder: Path, timeout_seconds: float
+) -> Ranks:
     """Waits for all; one that fails, or the timeout, ends the others."""
     end = time.monotonic() + timeout_seconds
     try:
@@ -106,11 +117,51 @@ def run_ranks(
         folder = Path(temporary)
         source = Path(str(sys.modules[work.__module__].__file__))
         call = json.dumps([str(source), work.__name__, list(args), str(folder)])
-        command = [sys.executable, "-m", "tests.support", call]
-        ranks = wait_for_ranks(start_ranks(command, world_size, folder, env), folder, timeout_seconds)
+        if env is None:
+            processes = [
+                _FORKED.Process(target=_forked, args=(call, variables, str(folder / f"rank-{rank}.txt")))
+                for rank, variables in enumerate(_variables(world_size))
+            ]
+            for process in processes:
+                process.start()
+            ranks = wait_for_ranks([_Forked(process) for process in processes], folder, timeout_seconds)
+        else:  # which its imports may depend on
+            command = [sys.executable, "-m", "tests.support", call]
+            ranks = wait_for_ranks(start_ranks(command, world_size, folder, env), folder, timeout_seconds)
         assert all(status == expect for status in ranks.statuses), f"\n{ranks}"
         results = [folder / f"result-{rank}.json" for rank in range(world_size)]
         return [json.loads(path.read_text()) if path.exists() else None for path in results]
+
+
+#: Importing torch, transformers and DeepSpeed takes ten seconds of a core: once for all ranks of all tests.
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["tests.preloaded"])
+
+
+class _Forked:
+    """A forked rank with as much of ``subprocess.Popen`` as waiting needs."""
+
+    def __init__(self, process: multiprocessing.context.ForkServerProcess) -> None:
+        self._process = process
+        self.kill = process.kill
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        return int(self._process.exitcode or 0)
+
+
+def _forked(call: str, variables: dict[str, str], output: str) -> None:
+    """One rank of :func:`run_ranks`, forked."""
+    os.environ.clear()
+    os.environ.update(variables)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
+    _main(call)
 
 
 def free_port() -> int:

@@ -3,8 +3,9 @@
 ::
 
     checkpoints/step-000100/
-      zero/...        the shards, each written by its rank
-      COMPLETE        JSON, written last: how training stood, and every file's bytes and sha256
+      w2-5f0c…/rank-00000.safetensors     what each rank held (:mod:`distft.checkpoint.shards`)
+      w2-5f0c…/rank-00001.safetensors
+      COMPLETE                            JSON, written last and signed: how training stood, every file's bytes, sha256
 """
 
 from __future__ import annotations
@@ -13,25 +14,36 @@ from distft.checkpoint.layout import (
     Checkpoint,
     State,
     best,
-    checkpoints_folder,
     complete,
     newest_sound,
+    sound,
     verify,
     withdraw_after,
 )
 from distft.checkpoint.retention import check_budget, obsolete
-from distft.checkpoint.save import save
+from distft.checkpoint.save import Saver, shared_key
+from distft.checkpoint.shards import Shards, weights
+from distft.checkpoint.signature import signing_key
+from distft.checkpoint.storage import Folder, Storage, Unsound, storage_of
 
 __all__ = [
     "Checkpoint",
+    "Folder",
+    "Saver",
+    "Shards",
     "State",
+    "Storage",
+    "Unsound",
     "best",
     "check_budget",
-    "checkpoints_folder",
     "complete",
     "newest_sound",
     "obsolete",
-    "save",
+    "shared_key",
+    "signing_key",
+    "sound",
+    "storage_of",
     "verify",
+    "weights",
     "withdraw_after",
 ]

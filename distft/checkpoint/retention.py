@@ -21,23 +21,30 @@ def obsolete(checkpoints: Sequence[Checkpoint], budget_bytes: int, incoming_byte
     Raises:
         CapacityError: It does not fit beside those two.
     """
-    if not checkpoints:
-        kept_steps: set[int | None] = set()
-    else:
-        kept_steps = {checkpoints[0].step, checkpoints[0].state.best_step}
     total = incoming_bytes + sum(checkpoint.bytes for checkpoint in checkpoints)
     going = []
-    for checkpoint in reversed(checkpoints):
+    for checkpoint in spare(checkpoints):
         if total <= budget_bytes:
             break
-        if checkpoint.step not in kept_steps:
-            going.append(checkpoint)
-            total -= checkpoint.bytes
+        going.append(checkpoint)
+        total -= checkpoint.bytes
     if total > budget_bytes:
         raise _too_small(
-            budget_bytes, total, f"a checkpoint takes {_amount(incoming_bytes)} beside the newest and the best"
+            budget_bytes, total, f"a checkpoint takes {amount(incoming_bytes)} beside the newest and the best"
         )
     return going
+
+
+def spare(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those that may go, oldest first: all but the newest, and the best as the newest knows it.
+
+    Args:
+        checkpoints: The complete ones, newest first.
+    """
+    if not checkpoints:
+        return []
+    kept = {checkpoints[0].step, checkpoints[0].state.best_step}
+    return [checkpoint for checkpoint in reversed(checkpoints) if checkpoint.step not in kept]
 
 
 def check_budget(budget_bytes: int, checkpoint_bytes: int, *, validated: bool) -> None:
@@ -54,19 +61,19 @@ def check_budget(budget_bytes: int, checkpoint_bytes: int, *, validated: bool) -
     needed = checkpoint_bytes * (3 if validated else 2)
     if needed > budget_bytes:
         kept = "the newest, the best" if validated else "the newest"
-        reason = f"a checkpoint takes about {_amount(checkpoint_bytes)}, and {kept} and one being written exist at once"
+        reason = f"a checkpoint takes about {amount(checkpoint_bytes)}, and {kept} and one being written exist at once"
         raise _too_small(budget_bytes, needed, reason)
 
 
 def _too_small(budget_bytes: int, needed: int, reason: str) -> CapacityError:
     return CapacityError(
-        f"a budget of {_amount(budget_bytes)} is too small: {reason}",
+        f"a budget of {amount(budget_bytes)} is too small: {reason}",
         where="checkpoint.budget",
-        fix=f"give it at least {_amount(needed)}",
+        fix=f"give it at least {amount(needed)}",
     )
 
 
-def _amount(size: int) -> str:
+def amount(size: int) -> str:
     """Bytes as people read them, in powers of ten as on a disk's label."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from distft.errors import DistftError, JobError
+from distft.errors import DistftError, JobError, RunError
 from distft.log import quieten_libraries
 from distft.runs import Run
 from distft.world import runs_folder
@@ -181,6 +181,77 @@ def generate(
     ):
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+@app.command()
+def audit(run: RunName, runs: Runs = None, as_json: Json = False) -> None:
+    """Prove from plan and log that every training row was used once an epoch."""
+    from distft.cli.proofs import audit_lines, audit_problem, audit_table, console
+    from distft.ledger.audit import audit as hold
+    from distft.ledger.plan import plan_of
+    from distft.train.folder import job_of
+
+    found = _find(run, runs)
+    result = hold(plan_of(job_of(found), found), found)
+    if as_json:
+        _print_json(result.as_json())
+    else:
+        out = console()
+        out.print(audit_table(result))
+        for line in audit_lines(result):
+            out.print(line, markup=False)
+    if not result.sound:
+        raise RunError(audit_problem(result), where=found.name)
+
+
+@app.command()
+def blame(
+    run: RunName,
+    step: Annotated[int, typer.Option(min=1, help="The step, as metrics.jsonl counts.")],
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Show the worst N rows.")] = 10,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """The rows of a step with their own losses, worst first."""
+    from distft.cli.proofs import blame_lines, blame_table, console
+    from distft.ledger.blame import blame as rows_of
+    from distft.ledger.plan import plan_of
+    from distft.model import materialise
+    from distft.train.folder import job_of
+
+    found = _find(run, runs)
+    job = job_of(found)
+    folder = materialise(job.model, job.folder)
+    result = rows_of(plan_of(job, found), found, folder, step, trust_remote_code=job.model.trust_remote_code)
+    if as_json:
+        value = result.as_json()
+        _print_json({**value, "rows": value["rows"][:top]})
+        return
+    out = console()
+    for line in blame_lines(result, top):
+        out.print(line, markup=False)
+    out.print(blame_table(result, top))
+
+
+@app.command()
+def verify(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None:
+    """Prove on this job, made small, that workers, ZeRO stages, micro-batches and a kill change nothing."""
+    from distft.cli.proofs import console, verify_lines, verify_table
+    from distft.orchestrate.listener import SILENT
+    from distft.orchestrate.verify import verify as prove
+
+    loaded = _load(job, set_)
+    with _view() as view:
+        proof = prove(loaded, SILENT if as_json else view)
+    if as_json:
+        _print_json(proof.as_json())
+    else:
+        out = console()
+        out.print(verify_table(proof))
+        for line in verify_lines(proof):
+            out.print(line, markup=False)
+    if proof.problems:
+        raise RunError("\n  ".join(["an invariant fails", *proof.problems]), where=str(job))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

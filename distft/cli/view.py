@@ -82,7 +82,8 @@ QUIET_EVENTS = frozenset({"start", "checkpoint", "best", "finished"})
 
 def describe_step(record: dict[str, Any]) -> str:
     """One training step for a person: step, loss, tokens/s, MFU, memory, time left."""
-    parts = [f"step {record['step']:,}/{record['steps']:,}", f"loss {record['loss']:.4f}"]
+    loss = "left out" if record["loss"] is None else f"loss {record['loss']:.4f}"
+    parts = [f"step {record['step']:,}/{record['steps']:,}", loss]
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if record.get("mfu") is not None:
         parts.append(f"MFU {record['mfu']:.0%}")

@@ -54,6 +54,13 @@ ELSEWHERE = {
     "lora_dropout": "model.adapter.dropout",
     "lora_target": "model.adapter.targets",
     "target_modules": "model.adapter.targets",
+    "load_in_4bit": "model.adapter.quantize",
+    "bnb_4bit_quant_type": "model.adapter.quantize",
+    "quantization": "model.adapter.quantize",
+    "quantization_bit": "model.adapter.quantize",
+    "quantization_config": "model.adapter.quantize",
+    "quantize_base": "model.adapter.quantize",
+    "qlora": "model.adapter.quantize",
     "deepspeed": "zero.stage",
     "zero_stage": "zero.stage",
     "zero_optimization": "zero.stage",
@@ -75,6 +82,7 @@ WITHOUT = {
     "train_on_inputs": "prompts carry no loss in task.kind: generation",
     "assistant_only_loss": "prompts carry no loss in task.kind: generation",
     "completion_only_loss": "prompts carry no loss in task.kind: generation",
+    "load_in_8bit": "frozen weights are kept in four bits, by model.adapter.quantize: nf4, or as they are",
     "output_dir": "runs are kept under --runs DIR",
 }
 """Names from elsewhere that have no key here, and why."""

@@ -217,6 +217,9 @@ def _zero(job: Job) -> Iterator[Finding]:
         yield Finding(path, "stage 0 shards nothing that could be offloaded", "use stage 1, 2 or 3", ("zero.stage",))
     if offload == "nvme" and stage not in {3, "auto"}:
         yield Finding(path, f"stage {stage} cannot offload to nvme", "use stage 3", ("zero.stage",))
+    if stage == 3 and job.model.adapter is not None and job.model.adapter.quantize:
+        fix = "use stage 0, 1 or 2: the four-bit weights are whole on every worker"
+        yield Finding(("zero", "stage"), "stage 3 cannot split quantised weights", fix, ("model.adapter.quantize",))
 
 
 def _cluster(job: Job) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distft.config.values import (
     Bounds,
@@ -22,6 +22,7 @@ from distft.config.values import (
     Steps,
     Text,
     parse_bytes,
+    wrong,
 )
 
 
@@ -42,6 +43,15 @@ class AdapterSection(Section):
     """Whether magnitude and direction are learnt apart (DoRA, arXiv 2402.09353)."""
     rslora: bool = False
     """Whether the update is scaled by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: the frozen matrices are kept in four bits (QLoRA, arXiv 2305.14314); null: as they are."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _qlora_has_a_key_of_its_own(cls, kind: object) -> object:
+        if kind == "qlora":
+            raise wrong("lora, not 'qlora'", "write kind: lora and quantize: nf4")
+        return kind
 
 
 class ModelSection(Section):
@@ -210,6 +220,8 @@ class TrainSection(Section):
     """From one validation to the next: a fraction of the run, or {steps: N}."""
     patience: Count | None = None
     """Stop after so many validations without gain."""
+    non_finite: Literal["stop", "skip_batch", "rewind"] = "stop"
+    """A step whose loss is not a number: stop, leave out that step, or all steps since the last checkpoint."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Whether activations are computed again in the backward pass, to save memory."""
 
@@ -243,7 +255,9 @@ class ClusterSection(Section):
     ]
     """Ray resources of each worker: {CPU: 1}, and GPU: 1 where there are GPUs."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Times that a failed group of workers is started again from the last checkpoint."""
+    """Times that workers are started again after a failure; preemptions and running out of memory do not count."""
+    stall_seconds: Positive | Literal["auto"] = "auto"
+    """Time without a step after which workers are looked at and started again; auto: 10 median steps, at least 60 s."""
 
 
 class CheckpointSection(Section):

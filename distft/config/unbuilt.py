@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from distft.config.addresses import scheme
 from distft.config.problems import Finding
 from distft.config.sections import ServeSection
-from distft.config.values import Bounds
 
 if TYPE_CHECKING:
     from distft.config.job import Job
@@ -33,15 +31,6 @@ class Unbuilt(NamedTuple):
 UNBUILT = (
     Unbuilt("model.dtype", lambda job: job.model.dtype == "fp16", "fp16", "use auto, bf16 or fp32"),
     Unbuilt("zero.offload", lambda job: job.zero.offload == "nvme", "offload to nvme", "use none or cpu"),
-    Unbuilt(
-        "cluster.workers", lambda job: isinstance(job.cluster.workers, Bounds), "elastic workers", "give one number"
-    ),
-    Unbuilt(
-        "checkpoint.storage",
-        lambda job: scheme(job.checkpoint.storage or "") in {"s3", "gs"},
-        "checkpoints in s3:// and gs://",
-        "use a folder that all nodes see",
-    ),
     Unbuilt("search", lambda job: job.search is not None, "search", "remove the section"),
     Unbuilt("serve", lambda job: job.serve != ServeSection(), "serving", "remove the section"),
     Unbuilt("track.mlflow", lambda job: job.track.mlflow is not None, "MLflow", "use tensorboard"),

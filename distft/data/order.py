@@ -9,11 +9,16 @@ with Arbitrary Finite Domains", CT-RSA 2002). It is a shuffle, not a secret: the
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from distft.config import Job
 
 _ROUNDS = 8
 
@@ -38,6 +43,13 @@ class Order:
         """Refuses an order without rows: a bug of the caller, not of a person's data."""
         if self.rows < 1 or self.batch_size < 1 or self.total_rows < 0:
             raise ValueError(f"no order of rows can be made of {self}")
+
+    @classmethod
+    def of(cls, job: Job, rows: int) -> Order:
+        """The order in which a job uses its training rows, of which there are so many."""
+        train = job.train
+        total = train.steps * train.batch_size if train.steps else math.ceil((train.epochs or 1) * rows)
+        return cls(rows, job.seed, train.batch_size, total)
 
     @property
     def steps(self) -> int:

@@ -9,26 +9,28 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from distft.engine.plain import FILE as PLAIN_FILE
 from distft.engine.plain import PlainEngine
 from distft.engine.processes import broadcast, device_of, join, leave
-from distft.engine.protocol import Engine, Settings
+from distft.engine.protocol import KINDS, Engine, Piece, Settings, Snapshot, StateReader
 from distft.errors import CapacityError
 from distft.model import LossModel
 from distft.world import World
 
 __all__ = [
+    "KINDS",
     "Engine",
+    "Piece",
     "Settings",
+    "Snapshot",
+    "StateReader",
     "broadcast",
-    "consolidate",
     "device_of",
     "join",
     "leave",
     "missing_build_tools",
     "open",
+    "preload",
 ]
 
 
@@ -57,6 +59,12 @@ def open(model: LossModel, settings: Settings, world: World, kind: Literal["zero
     return ZeroEngine(model, settings, world, device)
 
 
+def preload() -> None:
+    """Imports DeepSpeed, which takes seconds: in a process that ranks are forked from."""
+    _prepare_deepspeed(World())
+    import distft.engine.zero  # noqa: F401
+
+
 def missing_build_tools(offload: str) -> str | None:
     """What this machine lacks to compile the parts of DeepSpeed that such a job needs, or None.
 
@@ -69,25 +77,6 @@ def missing_build_tools(offload: str) -> str | None:
     if shutil.which("ninja", path=_search_path()) is None:
         return "no ninja: DeepSpeed compiles its AdamW for the CPU with it"
     return None
-
-
-def consolidate(folder: Path) -> dict[str, Tensor]:
-    """The trained weights from a checkpoint of any ZeRO stage; needs no process group, and one process.
-
-    Args:
-        folder: A checkpoint that an engine saved.
-
-    Returns:
-        Weights in fp32 under the model's own names, tied ones once under each of their names; beside an adapter the
-        frozen ones are not among them.
-    """
-    if (folder / PLAIN_FILE).exists():
-        weights: dict[str, Tensor] = torch.load(folder / PLAIN_FILE, map_location="cpu", weights_only=True)["weights"]
-        return weights
-    _prepare_deepspeed(World())
-    from distft.engine.zero import consolidate as consolidate_zero
-
-    return consolidate_zero(folder)
 
 
 def _prepare_deepspeed(world: World) -> None:

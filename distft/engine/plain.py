@@ -6,18 +6,16 @@ Slow and plain on purpose; ZeRO 0 to 3 on any number of ranks must give the same
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distft.engine import pieces
 from distft.engine.memory import peak_memory_bytes
-from distft.engine.protocol import Settings, parameter_groups
+from distft.engine.protocol import Settings, Snapshot, StateReader, parameter_groups, row_losses
 from distft.model import Batch, LossModel
 from distft.world import World
-
-FILE = "plain.pt"
 
 
 class PlainEngine:
@@ -34,7 +32,8 @@ class PlainEngine:
         self._settings = settings
         self._model = model.to(self.device)
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(settings.dtype)
+            if parameter.is_floating_point():  # quantised weights are not
+                parameter.data = parameter.data.to(settings.dtype)
         self._weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = parameter_groups(model, settings.weight_decay)
         self._masters: list[Tensor] = list(self._weights)
@@ -44,15 +43,15 @@ class PlainEngine:
             groups = [{**group, "params": [pairs[weight] for weight in group["params"]]} for group in groups]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0)
 
-    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> float:
+    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> list[float]:
         """See :class:`~distft.engine.protocol.Engine`."""
         torch.manual_seed(seed)
         self._model.train()
-        loss: Tensor = self._model(batch.to(self.device))
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        loss, rows = self._model(batch.to(self.device))
+        (loss * scale).backward()
         if self._settings.dtype == torch.bfloat16:
             self._move_gradients_to_masters()
-        return loss.item()
+        return row_losses(batch, rows)
 
     def _move_gradients_to_masters(self) -> None:
         for weight, master in zip(self._weights, self._masters, strict=True):
@@ -102,25 +101,21 @@ class PlainEngine:
     def barrier(self) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""
 
-    def save(self, folder: Path) -> list[Path]:
+    def snapshot(self) -> Snapshot:
         """See :class:`~distft.engine.protocol.Engine`."""
-        names = {id(weight): name for name, weight in self._model.model.named_parameters()}
-        state = {
-            "weights": {
-                names[id(weight)]: master.detach() for weight, master in zip(self._weights, self._masters, strict=True)
-            },
-            "optimizer": self._optimizer.state_dict(),
-        }
-        torch.save(state, folder / FILE)
-        return [folder / FILE]
+        return pieces.snapshot(self._optimizer, self._holdings())
 
-    def load(self, folder: Path) -> None:
+    def restore(self, state: StateReader) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""
-        state = torch.load(folder / FILE, map_location=self.device, weights_only=True)
-        for master, saved in zip(self._masters, state["weights"].values(), strict=True):
-            master.data.copy_(saved)
+        pieces.restore(self._optimizer, self._holdings(), state)
         self._copy_masters_to_weights()
-        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _holdings(self) -> list[pieces.Holding]:
+        names = {id(weight): name for name, weight in self._model.model.named_parameters()}
+        return [
+            pieces.Holding(names[id(weight)], tuple(weight.shape), 0, weight.numel(), master, 0)
+            for weight, master in zip(self._weights, self._masters, strict=True)
+        ]
 
     def state_bytes(self) -> int:
         """See :class:`~distft.engine.protocol.Engine`."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +33,61 @@ class Settings:
     max_grad_norm: float | None = None
 
 
+#: What is kept of a trained parameter.
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one flattened parameter with its optimizer state: what one rank holds of it.
+
+    It says nothing of ranks or stages, so any number of ranks at any stage can take up what others left.
+
+    Attributes:
+        name: The parameter's name in the model, as ``model.named_parameters()`` has it.
+        shape: Of the whole parameter.
+        start: The piece's first element in the flattened parameter.
+        tensors: ``weight`` (the optimizer's own: fp32, fp64 in an fp64 reference), ``exp_avg`` and ``exp_avg_sq``
+            (Adam's moments, https://arxiv.org/abs/1412.6980), each (elements of the piece,), on the CPU.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of what one rank holds, in host memory; training may go on beside it.
+
+    Attributes:
+        pieces: Over all ranks they make up every trained parameter exactly once.
+        updates: Updates that the optimizer has made (Adam's t).
+    """
+
+    pieces: tuple[Piece, ...]
+    updates: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for piece in self.pieces for tensor in piece.tensors.values())
+
+
+class StateReader(Protocol):
+    """The state of a whole model, read piece by piece: from a checkpoint's files, whoever wrote them."""
+
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer had made."""
+        ...
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a flattened parameter's ``weight``, ``exp_avg`` or ``exp_avg_sq``."""
+        ...
+
+
 class Engine(Protocol):
     """A model and its optimizer over all ranks. Every rank calls every method but ``device`` equally often.
 
@@ -43,7 +97,7 @@ class Engine(Protocol):
     world: World
     device: torch.device
 
-    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> float:
+    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> list[float]:
         """Adds a micro-batch to the gradient of the step.
 
         Over all ranks and passes the gradient is that of ``scale`` times the sum of all token losses: with ``scale``
@@ -56,14 +110,14 @@ class Engine(Protocol):
             seed: Seeds dropout, so that it is a function of the step and the micro-batch, not of the rank.
 
         Returns:
-            The sum of the micro-batch's token losses, unscaled.
+            The sum of each row's token losses, unscaled: (B,), 0 for a row without any; nothing for an empty batch.
         """
         ...
 
     def step(self, learning_rate: float) -> float:
         """Updates the weights; returns the gradient norm over all ranks before clipping.
 
-        Where the norm is not finite the weights are left as they are.
+        Where the norm is not finite the weights are left as they are, and the gradient is dropped.
         """
         ...
 
@@ -91,16 +145,16 @@ class Engine(Protocol):
         """Waits for all ranks."""
         ...
 
-    def save(self, folder: Path) -> list[Path]:
-        """Writes this rank's state, without weights that are not trained; returns the files that this rank wrote.
-
-        Raises:
-            OSError: A file cannot be written (28: the disk is full). Other ranks are not held up by it.
-        """
+    def snapshot(self) -> Snapshot:
+        """A copy of this rank's share of the trained weights and the optimizer's state, not yet on disk."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Reads this rank's state; ranks, stage and type are those that saved it."""
+    def restore(self, state: StateReader) -> None:
+        """Takes up a state that any number of ranks at any stage left; each rank reads only its own share.
+
+        Raises:
+            CheckpointError: On every rank, where one of them cannot read its share.
+        """
         ...
 
     def state_bytes(self) -> int:
@@ -124,3 +178,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]  # an adapter has matrices only, and DeepSpeed no empty groups
+
+
+def row_losses(batch: Batch, rows: Tensor) -> list[float]:
+    """What :meth:`Engine.forward_backward` returns, of a loss model's row losses."""
+    losses: list[float] = [] if batch.is_empty else rows.tolist()
+    return losses

@@ -10,27 +10,22 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
-from distft.engine import processes
+from distft.engine import pieces, processes, shares
 from distft.engine.memory import peak_memory_bytes
-from distft.engine.protocol import Settings, parameter_groups
+from distft.engine.protocol import KINDS, Settings, Snapshot, StateReader, parameter_groups, row_losses
+from distft.errors import DistftError
 from distft.model import Batch, LossModel
 from distft.world import World
-
-#: DeepSpeed's name for the folder inside a checkpoint that holds the shards.
-TAG = "zero"
-MODEL_FILE = "mp_rank_00_model_states.pt"
 
 # DeepSpeed compiles a C++ all-reduce for inference at the first use of a process group on a CPU (30 s, and it needs a
 # compiler and ninja). Training never calls it. This is the table that DeepSpeed looks it up in; an empty one skips both
@@ -42,52 +37,18 @@ warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.dist
 
 
 class _Passes(nn.Module):
-    """Both uses of the model behind one forward, since ZeRO-3 gathers weights in hooks on calls of the root module.
-
-    Its state is what is trained: frozen weights are the base model's, and a checkpoint need not hold them again.
-    DeepSpeed has an option for that too, which leaves a tied weight in under its second name; it is given as well,
-    for the shards that DeepSpeed writes of its own.
-    """
+    """Both uses of the model behind one forward, since ZeRO-3 gathers weights in hooks on calls of the root module."""
 
     def __init__(self, loss_model: LossModel) -> None:
         super().__init__()
         self.loss_model = loss_model
 
-    def forward(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss sum in training; token losses and hits, both (B, T), in evaluation."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss and each row's part of it, (B,), in training; token losses and hits, both (B, T), in evaluation."""
         if self.training:
-            loss: Tensor = self.loss_model(batch)
-            return loss
+            losses: tuple[Tensor, Tensor] = self.loss_model(batch)
+            return losses
         return self.loss_model.scores(batch)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Trained weights and buffers."""
-        frozen = {name for name, one in self.named_parameters(remove_duplicate=False) if not one.requires_grad}
-        state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name not in frozen}
-
-
-class _ShardWriter(TorchCheckpointEngine):  # type: ignore[misc]
-    """Writes DeepSpeed's files, and remembers which they were and what went wrong.
-
-    An error must not leave DeepSpeed's save half-way: its barriers would hold the other ranks until they time out.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: list[Path] = []
-        self.error: OSError | None = None
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        if self.error is not None:
-            return
-        try:
-            torch.save(state_dict, path)
-            self.files.append(Path(path))
-        except OSError as error:
-            self.error = error
-        except RuntimeError as error:  # torch's own writer: "... file write failed" where the disk is full
-            self.error = OSError(28, str(error))
 
 
 class ZeroEngine:
@@ -104,9 +65,11 @@ class ZeroEngine:
         self.world = world
         self.device = device
         self._settings = settings
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._whole = len(trained) == len(list(model.parameters()))
-        self._parameters = sum(parameter.numel() for parameter in trained)
+        self._trained = {  # shapes as well: ZeRO-3 leaves nothing of them on the parameters
+            name: (parameter, tuple(parameter.shape))
+            for name, parameter in model.model.named_parameters()
+            if parameter.requires_grad
+        }
         # Without ZeRO and in fp32 DeepSpeed keeps no norm: it is computed, and gradients clipped, here.
         self._own_norm = settings.stage == 0 and settings.dtype == torch.float32
         module = _Passes(model)
@@ -122,16 +85,15 @@ class ZeroEngine:
             # its bias for one step too many from then on (the loss was 0.7 % off after 20 steps). Remove when
             # FP16_UnfusedOptimizer.initialize_optimizer_states makes no step (0.19.8 does).
             self._engine.basic_optimizer.state.clear()
-        self._engine.checkpoint_engine = self._writer = _ShardWriter()
 
-    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> float:
+    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> list[float]:
         """See :class:`~distft.engine.protocol.Engine`."""
         torch.manual_seed(seed)
         self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
-        loss: Tensor = self._engine(batch.to(self.device))
+        loss, rows = self._engine(batch.to(self.device))
         self._engine.backward(loss * (scale * self.world.size), scale_wrt_gas=False)
-        return loss.item()
+        return row_losses(batch, rows)
 
     def step(self, learning_rate: float) -> float:
         """See :class:`~distft.engine.protocol.Engine`."""
@@ -147,6 +109,8 @@ class ZeroEngine:
         norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), float("inf") if limit is None else limit)
         if torch.isfinite(norm):
             self._engine.step()
+        else:
+            self._engine.zero_grad()
         return norm.item()
 
     def losses(self, batch: Batch) -> Tensor:
@@ -176,25 +140,32 @@ class ZeroEngine:
         """See :class:`~distft.engine.protocol.Engine`."""
         dist.barrier()
 
-    def save(self, folder: Path) -> list[Path]:
+    def snapshot(self) -> Snapshot:
         """See :class:`~distft.engine.protocol.Engine`."""
-        self._writer.files, self._writer.error = [], None
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-        if self.world.is_main:
-            for script in folder.glob("zero_to_*.py"):  # which DeepSpeed leaves beside its shards
-                script.unlink()
-        if self._writer.error is not None:
-            raise self._writer.error
-        return self._writer.files
+        held = self._holdings()
+        if self._settings.stage == 0:
+            held = [one.share(self.world.rank, self.world.size) for one in held]
+        return pieces.snapshot(self._engine.basic_optimizer, held)
 
-    def load(self, folder: Path) -> None:
+    def restore(self, state: StateReader) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""
-        with contextlib.redirect_stdout(io.StringIO()):  # some of its optimizers print as they are loaded
-            self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=self._whole)
+        problem: DistftError | None = None
+        try:
+            pieces.restore(self._engine.basic_optimizer, self._holdings(), state)
+        except DistftError as error:
+            problem = error
+        for raised in self.gather(problem):
+            if raised is not None:
+                raise raised
+        shares.refresh(self._engine, self._settings)
+
+    def _holdings(self) -> list[pieces.Holding]:
+        return shares.holdings(self._engine, self._trained, self._settings, self.world)
 
     def state_bytes(self) -> int:
         """See :class:`~distft.engine.protocol.Engine`."""
-        return self._parameters * (self._settings.dtype.itemsize + 3 * 4)
+        elements: int = sum(math.prod(shape) for _, shape in self._trained.values())
+        return elements * len(KINDS) * 4  # fp32
 
     def peak_memory_bytes(self) -> int:
         """See :class:`~distft.engine.protocol.Engine`."""
@@ -203,7 +174,7 @@ class ZeroEngine:
     def close(self) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""
         self._engine.destroy()
-        del self._engine
+        del self._engine, self._trained
 
 
 def _optimizer(module: nn.Module, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
@@ -239,44 +210,3 @@ def _configuration(settings: Settings, device: torch.device, *, own_norm: bool) 
         "zero_force_ds_cpu_optimizer": device.type == "cuda",
         "steps_per_print": None,
     }
-
-
-def consolidate(folder: Path) -> dict[str, Tensor]:
-    """See :func:`distft.engine.consolidate`."""
-    shards = folder / TAG
-    files = sorted(shards.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
-    if not files:
-        state = _load(shards / MODEL_FILE)["module"]
-    elif "zero_stage" not in (first := _load(files[0])["optimizer_state_dict"]):
-        state = _stage_1_bf16(
-            _load(shards / MODEL_FILE), [first, *(_load(f)["optimizer_state_dict"] for f in files[1:])]
-        )
-    else:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints progress
-            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
-    prefix = "loss_model.model."
-    return {name.removeprefix(prefix): weight.float() for name, weight in state.items()}
-
-
-def _stage_1_bf16(model: dict[str, Any], optimizers: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The fp32 weights of DeepSpeed's BF16_Optimizer, of which its own zero_to_fp32 knows nothing.
-
-    Each rank holds a slice of each group's weights, laid end to end and padded at the end.
-    """
-    state = {name: model["module"][name] for name in model["buffer_names"]}
-    for group, shapes in enumerate(model["param_shapes"]):
-        flat = torch.cat([optimizer["single_partition_of_fp32_groups"][group] for optimizer in optimizers])
-        sizes = [shape.numel() for shape in shapes.values()]
-        parts = torch.split(flat[: sum(sizes)], sizes)
-        state |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    shared = model["shared_params"].items()
-    return state | {name: state[original] for name, original in shared if original in state}
-
-
-def _load(path: Path) -> Any:
-    """Reads a shard. It is a pickle and runs code: only files that a run's COMPLETE vouches for are read."""
-    return torch.load(path, map_location="cpu", weights_only=False)
-
-
-def _rank_of(path: Path) -> int:
-    return int(path.name.split("zero_pp_rank_")[1].split("_")[0])

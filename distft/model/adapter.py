@@ -15,10 +15,10 @@ from peft import LoraConfig, TaskType, get_peft_model_state_dict, inject_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from distft.errors import JobError
 from distft.model.load import SCORE
+from distft.model.nf4 import matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,8 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, seed: int) -> N
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, _NAME)
     for parameter in model.parameters():  # peft makes adapters of a bf16 model fp32; engines keep fp32 copies anyway
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():  # quantised weights are not
+            parameter.data = parameter.data.to(dtype)
     if _classifies(model):
         model.score.requires_grad_(True)
 
@@ -110,16 +111,11 @@ def _targets(model: PreTrainedModel, asked: str | list[str]) -> str | list[str]:
     """
     if asked == ALL_LINEAR:
         return ALL_LINEAR
-    heads = (model.get_output_embeddings(), getattr(model, "score", None))
-    matrices = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and all(module is not head for head in heads)
-    ]
+    names = list(matrices(model))
     wanted = [asked] if isinstance(asked, str) else asked
-    unknown = [one for one in wanted if not any(f".{name}".endswith(f".{one}") for name in matrices)]
+    unknown = [one for one in wanted if not any(f".{name}".endswith(f".{one}") for name in names)]
     if unknown:
-        there = sorted({name.rpartition(".")[2] for name in matrices})
+        there = sorted({name.rpartition(".")[2] for name in names})
         raise JobError(
             f"the model has no matrix to adapt named {', '.join(unknown)}",
             where="model.adapter.targets",

@@ -41,11 +41,13 @@ class Batch:
             neither an attention mask nor a cache.
         labels: What each position must predict, (B, T) int64: ``labels[b, t]`` is the id of token t + 1 where
             that token is supervised and of the same segment, else -100. Already shifted.
+        is_empty: Whether it stands for no rows at all, as :meth:`empty` makes it.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    is_empty: bool = False
 
     @property
     def supervised_tokens(self) -> int:
@@ -58,6 +60,7 @@ class Batch:
             self.input_ids.to(device, non_blocking=True),
             self.position_ids.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
+            self.is_empty,
         )
 
     @classmethod
@@ -84,4 +87,4 @@ class Batch:
     @classmethod
     def empty(cls, pad_id: int) -> Batch:
         """One row of two tokens without any loss: what a rank runs when the others have one micro-batch more."""
-        return cls(torch.full((1, 2), pad_id), torch.arange(2)[None], torch.full((1, 2), IGNORED))
+        return cls(torch.full((1, 2), pad_id), torch.arange(2)[None], torch.full((1, 2), IGNORED), is_empty=True)

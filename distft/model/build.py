@@ -10,6 +10,7 @@ import torch
 
 from distft.errors import JobError
 from distft.model.load import load_classifier, load_model
+from distft.model.nf4 import quantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from distft.config import Job
 
 
-def training_model(job: Job, folder: Path, dtype: torch.dtype, labels: Sequence[str], pad_id: int) -> PreTrainedModel:
+def training_model(
+    job: Job, folder: Path, dtype: torch.dtype, labels: Sequence[str], pad_id: int, *, packed: bool = True
+) -> PreTrainedModel:
     """The base model with what the job adds to it: a classifier's head, an adapter. Equal on every rank.
 
     Args:
@@ -26,10 +29,12 @@ def training_model(job: Job, folder: Path, dtype: torch.dtype, labels: Sequence[
         dtype: Of the weights.
         labels: The labels' names in the order of their numbers; none where the task has none.
         pad_id: The token that fills short rows.
+        packed: Whether a quantised base is kept in four bits; else the weights have the same values, and are plain.
 
     Raises:
         DataError: The model cannot be loaded, or is none for this task.
         JobError: The adapter does not fit it.
+        CapacityError: It is to be quantised, and bitsandbytes is not installed here.
     """
     trust = job.model.trust_remote_code
     if job.task.kind == "classification":
@@ -39,6 +44,8 @@ def training_model(job: Job, folder: Path, dtype: torch.dtype, labels: Sequence[
     if job.model.adapter is not None:
         from distft.model.adapter import add_adapter  # peft takes a second to import
 
+        if job.model.adapter.quantize is not None:
+            quantise(model, packed=packed)
         add_adapter(model, job.model.adapter, job.seed)
     return model
 

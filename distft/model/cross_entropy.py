@@ -37,7 +37,9 @@ class LossHead(nn.Linear):
         made.weight = head.weight
         return made.train(head.training)
 
-    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, targets: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits or losses.
 
         Args:
@@ -45,15 +47,16 @@ class LossHead(nn.Linear):
             targets: Ids to predict, (N,) int64, or None for logits.
 
         Returns:
-            Logits (..., V) without targets. With targets: where gradients are recorded the sum of the token losses
-            (scalar), else the token losses (N,); in fp32 (fp64 for fp64).
+            Logits (..., V) without targets. With targets the sum of the token losses, a scalar, and the token losses,
+            (N,), through which no gradient goes; both in fp32 (fp64 for fp64).
         """
         if targets is None:
             return super().forward(input)
         if torch.is_grad_enabled():
-            total: Tensor = _SummedCrossEntropy.apply(input, self.weight, targets)  # type: ignore[no-untyped-call]
-            return total
-        return torch.cat([chunk.losses for chunk in _chunks(input, self.weight, targets)])
+            both: tuple[Tensor, Tensor] = _SummedCrossEntropy.apply(input, self.weight, targets)  # type: ignore[no-untyped-call]
+            return both
+        losses = torch.cat([chunk.losses for chunk in _chunks(input, self.weight, targets)])
+        return losses.sum(), losses
 
 
 class _Chunk:
@@ -85,18 +88,20 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[_Chunk]
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum of token losses of ``hidden @ weight.T``; see the module's docstring."""
+    """Sum of token losses of ``hidden @ weight.T``, and the token losses; see the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """Loss and, where asked for, both gradients."""
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and, where asked for, both gradients of their sum."""
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
         for chunk in _chunks(hidden, weight, targets):
             total += chunk.losses.sum()
+            losses[chunk.rows] = chunk.losses
             if d_hidden is None and d_weight is None:
                 continue
             gradient = chunk.gradient().to(hidden.dtype)
@@ -107,11 +112,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
             elif d_weight is not None:
                 d_weight += gradient.t() @ hidden[chunk.rows]
         ctx.gradients = d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
-        return total
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Scales in place: a second gradient as large as the head would be the step's peak of memory."""
         if ctx.gradients is None:
             raise RuntimeError("this loss has been differentiated already (retain_graph is not supported)")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from distft.model.nf4 import elements
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -32,7 +34,7 @@ def flops_per_token(model: PreTrainedModel, sequence_length: float) -> float:
         if isinstance(module, nn.Embedding) and module.weight is not output
     }
     multiplied = [parameter for parameter in model.parameters() if id(parameter) not in looked_up]
-    weights = sum((6 if parameter.requires_grad else 4) * parameter.numel() for parameter in multiplied)
+    weights = sum((6 if parameter.requires_grad else 4) * elements(parameter) for parameter in multiplied)
     text = model.config.get_text_config()
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     attention = 12 * text.num_hidden_layers * text.num_attention_heads * head_size * sequence_length

@@ -63,10 +63,19 @@ class LossModel(nn.Module):
         if self.fused:
             model.set_output_embeddings(LossHead.of(cast(nn.Linear, model.get_output_embeddings())))
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The sum of the token losses, a scalar in fp32: 0 for a batch without supervised tokens, never NaN."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The batch's loss, and whose it is.
+
+        Returns:
+            The sum of the token losses, a scalar in fp32: 0 for a batch without supervised tokens, never NaN.
+            The same row by row, (B,) in fp64 and without gradient.
+        """
         supervised = batch.labels != IGNORED
-        return self._losses(batch, supervised).sum()
+        total, losses = self._losses(batch, supervised)
+        # Not index_add: the order of its sums, and so their last digits, change from run to run on a GPU.
+        by_position = torch.zeros(supervised.shape, dtype=torch.float64, device=losses.device)
+        by_position[supervised] = losses.detach().double()
+        return total, by_position.sum(dim=1)
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
@@ -89,7 +98,7 @@ class LossModel(nn.Module):
             losses[supervised] = self._class_losses(logits, targets).float()
             hits[supervised] = logits.argmax(1) == targets
         else:
-            losses[supervised] = self._losses(batch, supervised).float()
+            losses[supervised] = self._losses(batch, supervised)[1].float()
         return losses, hits
 
     @torch.no_grad()
@@ -97,16 +106,18 @@ class LossModel(nn.Module):
         """A classifier's log-probabilities of the labels at each supervised position, row by row: (N, K) in fp32."""
         return torch.log_softmax(self._class_logits(batch, batch.labels != IGNORED).float(), dim=1)
 
-    def _losses(self, batch: Batch, supervised: Tensor) -> Tensor:
-        """Losses of the supervised positions, (N,), or already their sum where gradients are recorded."""
+    def _losses(self, batch: Batch, supervised: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of the supervised positions, with gradient, and those losses, (N,)."""
         targets = batch.labels[supervised]
-        if self.classifies:
-            return self._class_losses(self._class_logits(batch, supervised), targets)
         if self.fused:
             hidden = self.model.base_model(**_inputs(batch)).last_hidden_state
-            return cast(Tensor, self.model.get_output_embeddings()(hidden[supervised], targets))
-        logits = _in_fp32(self.model(**_inputs(batch)).logits[supervised])
-        return F.cross_entropy(logits, targets, reduction="none")
+            return cast(tuple[Tensor, Tensor], self.model.get_output_embeddings()(hidden[supervised], targets))
+        if self.classifies:
+            losses = self._class_losses(self._class_logits(batch, supervised), targets)
+        else:
+            logits = _in_fp32(self.model(**_inputs(batch)).logits[supervised])
+            losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses.sum(), losses
 
     def _class_logits(self, batch: Batch, supervised: Tensor) -> Tensor:
         """(N, K) in fp32; the model's own forward would look for one last token a row, and rows hold several texts."""

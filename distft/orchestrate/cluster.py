@@ -1,4 +1,11 @@
-"""The Ray cluster: connecting to the running one or starting one here, and what it holds."""
+"""The Ray cluster: connecting to the running one or starting one here, and what it holds now.
+
+How soon a cluster notices that a host is gone without a word (a cut cable, a crash of the whole machine) is up to its
+head: with Ray's defaults five checks of up to 10 s, 3 s apart, so about a minute. A cluster that distft starts does it
+in at most 15 s; one's own does, when its head is started with ``RAY_health_check_timeout_ms=4000
+RAY_health_check_period_ms=1000 RAY_health_check_failure_threshold=3 ray start --head``. A process that ends is noticed
+at once in any case.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +14,46 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from distft.config import Job
+from distft.config import Bounds, Job
 from distft.errors import CapacityError
 
 # Set before Ray is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray Train asks its workers how they do every 2 s by default; a short job would wait for that.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-# One process less to start on each run. To be removed once preemption notices are acted on.
+# One process less to start for each group of workers: the driver asks for draining nodes itself, where it also sees
+# them while no group runs, and Ray's watcher would end the group at the deadline instead of just before it.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+# Workers are asked for only where there is room; what then does not start went away in between.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+# For a cluster that is started here, see above.
+for _name, _value in {"timeout_ms": "4000", "period_ms": "1000", "failure_threshold": "3"}.items():
+    os.environ.setdefault(f"RAY_health_check_{_name}", _value)
+
+#: The label by which Ray marks nodes that may be taken away at short notice
+#: (https://docs.ray.io/en/releases-2.60.0/ray-core/scheduling/labels.html).
+MARKET = "ray.io/market-type"
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node's resources, as Ray counts them."""
+    """One node's resources, as Ray counts them.
+
+    Attributes:
+        name: Its address.
+        resources: Amounts by name: all of them, or those that are free.
+        id: Ray's id.
+        labels: Ray's and the cluster's labels.
+    """
 
     name: str
     resources: Mapping[str, float]
+    id: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def holds(self, need: Mapping[str, float]) -> int:
         """How many workers that each need ``need`` fit on this node."""
@@ -39,13 +65,62 @@ class Node:
         return f"{self.name}: " + ", ".join(f"{self.resources.get(name, 0):g} {name}" for name in names)
 
 
-def workers_of(job: Job) -> int:
-    """How many workers the job asks for."""
-    assert isinstance(job.cluster.workers, int)  # a range is refused as not built yet
-    return job.cluster.workers
+def live_nodes() -> list[Node]:
+    """The nodes that work can be given to, with all they have: those that are about to go are left out."""
+    import ray
+
+    going = draining()
+    return [
+        Node(node["NodeManagerAddress"], node["Resources"], node["NodeID"], node["Labels"])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in going
+    ]
 
 
-def worker_resources(job: Job, nodes: list[Node]) -> dict[str, float]:
+def free_nodes() -> list[Node]:
+    """The same nodes with what is free now."""
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return [Node(node.name, free.get(node.id, {}), node.id, node.labels) for node in live_nodes()]
+
+
+def draining() -> dict[str, float | None]:
+    """Nodes that are about to be taken away, by id: when, in seconds since the epoch, where that is known.
+
+    Whoever takes a node away tells Ray's head (``ray start --block`` does on SIGTERM). Ray Train's own watcher asks the
+    same way (``ray.train.v2._internal.execution.preemption``); Ray has no public function for it.
+    """
+    from ray._private.state import state
+
+    return {node: milliseconds / 1000 or None for node, milliseconds in state.get_draining_nodes().items()}
+
+
+def room(need: Mapping[str, float], nodes: Sequence[Node]) -> int:
+    """How many workers that each need ``need`` fit on these nodes."""
+    return sum(node.holds(need) for node in nodes)
+
+
+def selectors(workers: int, need: Mapping[str, float], nodes: Sequence[Node]) -> list[dict[str, str]] | None:
+    """Labels by which rank 0, which writes the run's files, is kept off nodes that may be taken away at any time.
+
+    Returns:
+        One selector per worker, rank 0's first; None where there is nothing to choose: no node is marked as ``spot``,
+        or no other has room.
+    """
+    spot = [node for node in nodes if node.labels.get(MARKET) == "spot"]
+    if not spot or not room(need, [node for node in nodes if node not in spot]):
+        return None
+    return [{MARKET: "!spot"}, *({} for _ in range(workers - 1))]
+
+
+def workers_of(job: Job) -> Bounds:
+    """The least and the most workers that the job asks for."""
+    asked = job.cluster.workers
+    return asked if isinstance(asked, Bounds) else Bounds(min=asked, max=asked)
+
+
+def worker_resources(job: Job, nodes: Sequence[Node]) -> dict[str, float]:
     """What one worker asks for: a GPU too, where the cluster has some and the job is silent about them."""
     wanted = dict(job.cluster.resources_per_worker)
     if "GPU" not in wanted and any(node.resources.get("GPU", 0) for node in nodes):
@@ -53,25 +128,36 @@ def worker_resources(job: Job, nodes: list[Node]) -> dict[str, float]:
     return wanted
 
 
-def check_capacity(workers: int, need: Mapping[str, float], nodes: list[Node]) -> None:
+def check_capacity(workers: Bounds, need: Mapping[str, float], nodes: Sequence[Node]) -> None:
     """Refuses a job whose workers the cluster cannot hold all at once; they would wait for one another for ever.
 
     Raises:
         CapacityError: With what is asked, what each node holds, and what would fit.
     """
-    fit = sum(node.holds(need) for node in nodes)
-    if workers <= fit:
+    fit = room(need, nodes)
+    if workers.min <= fit:
         return
-    asked = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
-    listed = "; ".join(node.describe(need) for node in nodes[:8])
-    more = f"; and {len(nodes) - 8} more nodes" if len(nodes) > 8 else ""
+    least = "" if workers.min == workers.max else "at least "
+    key = "cluster.workers" if workers.min == workers.max else "cluster.workers.min"
     raise CapacityError(
-        f"{workers} workers of {asked} are asked for, and the cluster holds {fit} ({listed}{more})",
-        where="cluster.workers",
-        fix=f"set cluster.workers: {fit}, or ask for less per worker in cluster.resources_per_worker"
+        f"{least}{describe(workers.min, need)} are asked for, and the cluster holds {fit} ({listed(need, nodes)})",
+        where=key,
+        fix=f"set {key}: {fit}, or ask for less per worker in cluster.resources_per_worker"
         if fit
         else "ask for less per worker in cluster.resources_per_worker, or join a larger cluster",
     )
+
+
+def describe(workers: int, need: Mapping[str, float]) -> str:
+    """``2 workers of 1 CPU, 1 GPU``."""
+    each = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
+    return f"{workers} worker{'' if workers == 1 else 's'} of {each}"
+
+
+def listed(need: Mapping[str, float], nodes: Sequence[Node]) -> str:
+    """What some nodes hold of what is needed; the first eight of them."""
+    more = f"; and {len(nodes) - 8} more nodes" if len(nodes) > 8 else ""
+    return "; ".join(node.describe(need) for node in nodes[:8]) + more
 
 
 @contextlib.contextmanager
@@ -99,7 +185,7 @@ def connected(job: Job) -> Iterator[list[Node]]:
         ) from error
     _protect_token()
     try:
-        yield [Node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        yield live_nodes()
     finally:
         ray.shutdown()
 

@@ -1,17 +1,24 @@
-"""Training as Ray Train: one TorchTrainer around the worker function that also runs under torchrun."""
+"""One group of workers as Ray Train: a TorchTrainer around the worker function that also runs under torchrun.
+
+Ray Train starts the group once and tells how it ended; what comes next is :mod:`distft.orchestrate.policy`'s to say.
+Checkpoints are ours, so Ray's snapshot of a run is never read: each group has a Ray name of its own.
+"""
 
 from __future__ import annotations
 
 import os
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distft.config import Job
-from distft.errors import DistftError, RunError
+from distft.errors import DistftError
+from distft.orchestrate.failure import failure_of
+from distft.orchestrate.places import write_place
+from distft.orchestrate.policy import Failure
 from distft.runs import Run
-from distft.train import Outcome
+from distft.train import Attempt, Outcome
 from distft.world import World
 
 
@@ -25,22 +32,23 @@ class Assignment:
     model: Path
     cache: Path
     threads: int
+    attempt: Attempt
 
 
 def worker(config: dict[str, Any]) -> Outcome | DistftError:
     """What each Ray Train worker runs.
 
-    An error that every rank raises together (a NaN loss, wrong data) is returned, not raised: Ray would take it
-    for a lost worker and start the group again, only to fail at the same place.
+    An error that every rank raises together (a NaN loss, wrong data) is returned, not raised: it would be taken for a
+    lost worker and the group started again, only to fail at the same place.
     """
-    from distft.train.worker import work
-
     assignment: Assignment = config["assignment"]
     os.environ["DISTFT_CACHE"] = str(assignment.cache)
     world = World.from_environment()
     _log_to(assignment.run.logs / f"rank-{world.rank}.log")
-
+    write_place(assignment.run, world.rank, assignment.attempt.began or 0.0)
     import torch
+
+    from distft.train.worker import work
 
     torch.set_num_threads(assignment.threads)
     try:
@@ -51,6 +59,7 @@ def worker(config: dict[str, Any]) -> Outcome | DistftError:
             assignment.prepared,
             assignment.model,
             resume=True,  # a fresh run's folder holds no checkpoint; after a lost worker there is one
+            attempt=assignment.attempt,
         )
     except DistftError as error:
         return error
@@ -65,51 +74,55 @@ def _log_to(path: Path) -> None:
     os.close(file)
 
 
-def fit(assignment: Assignment, workers: int, need: dict[str, float]) -> Outcome:
-    """Trains on ``workers`` Ray Train workers that each hold ``need``; blocks until they end.
+def fit(
+    assignment: Assignment,
+    workers: int,
+    need: Mapping[str, float],
+    selectors: Sequence[Mapping[str, str]] | None = None,
+) -> Outcome | Failure:
+    """Runs one group of workers to its end; blocks until then.
+
+    Args:
+        assignment: What each of them does.
+        workers: How many.
+        need: What each of them holds.
+        selectors: Labels of the node that each may run on; rank 0 is with the first.
+
+    Returns:
+        How training ended, or how the group failed.
 
     Raises:
         DistftError: What the workers agreed to stop for.
-        RunError: A worker failed more often than ``cluster.max_failures``.
     """
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    job, run = assignment.job, assignment.run
-    trainer = TorchTrainer(
+    from distft.orchestrate.trainer import Torch, Trainer
+
+    run, gpus = assignment.run, need.get("GPU", 0) > 0
+    trainer = Trainer(
         worker,
         train_loop_config={"assignment": assignment},
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=need.get("GPU", 0) > 0, resources_per_worker=dict(need)
+            num_workers=workers,
+            use_gpu=gpus,
+            resources_per_worker=dict(need),
+            label_selector=None if selectors is None else [dict(selector) for selector in selectors],
         ),
-        torch_config=TorchConfig(backend="nccl" if need.get("GPU", 0) > 0 else "gloo"),
+        torch_config=Torch(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
-            # A name of its own each time: Ray's snapshot is not what a run resumes from, our checkpoints are.
-            name=f"{run.name}-{time.time_ns()}",
+            name=f"{run.name}-{assignment.attempt.began}",
             storage_path=str(run.logs / "ray"),
-            failure_config=FailureConfig(max_failures=job.cluster.max_failures),
+            # A group that could not start is told like any other: Ray would try for ever.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
     try:
         outcome = trainer.fit().return_value
-    except TrainingFailedError as error:
-        raise RunError(_cause(error), fix=f"the workers' logs are in {run.logs}") from error
+    except (TrainingFailedError, RayActorError) as error:
+        return failure_of(error)
     if isinstance(outcome, DistftError):
         raise outcome
     assert isinstance(outcome, Outcome)
     return outcome
-
-
-def _cause(error: BaseException) -> str:
-    """The same failure said once, with the ranks that it struck."""
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    by_text: dict[str, list[int]] = {}
-    for rank, failure in failures.items():
-        text = str(failure).strip().splitlines()[-1] if str(failure).strip() else type(failure).__name__
-        by_text.setdefault(text, []).append(rank)
-    if not by_text:
-        return f"training failed: {error}"
-    return "training failed: " + "; ".join(
-        f"[rank {', '.join(map(str, ranks))}] {text}" for text, ranks in by_text.items()
-    )

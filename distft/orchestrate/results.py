@@ -11,7 +11,7 @@ from typing import Any
 
 from distft import evaluation
 from distft import model as models
-from distft.checkpoint import best, checkpoints_folder, complete
+from distft.checkpoint import Checkpoint, best, complete, newest_sound, signing_key, storage_of, verify
 from distft.config import Job
 from distft.data.order import sampled_rows
 from distft.data.store import Prepared
@@ -46,21 +46,37 @@ def export(
     """
     listener.stage("export")
     job = job_of(run)
-    root = checkpoints_folder(job, run)
-    checkpoint = best(root) if step is None else next((one for one in complete(root) if one.step == step), None)
-    if checkpoint is None:
-        raise CheckpointError("there is no complete checkpoint to export", where=str(root), fix="train the run first")
-    folder = write_export(
-        job,
-        models.materialise(job.model, job.folder),
-        checkpoint,
-        (to or (run.export if merge else run.folder / ADAPTER)).resolve(),
-        dtype=decision(run, "model.dtype"),
-        merge=merge,
-        scores=read_json(run.evaluation) if run.evaluation.exists() else None,
-    )
+    checkpoint = _checkpoint(job, run, step)
+    with checkpoint.shards():  # those in a bucket are fetched once
+        verify(checkpoint)
+        folder = write_export(
+            job,
+            models.materialise(job.model, job.folder),
+            checkpoint,
+            (to or (run.export if merge else run.folder / ADAPTER)).resolve(),
+            dtype=decision(run, "model.dtype"),
+            merge=merge,
+            scores=read_json(run.evaluation) if run.evaluation.exists() else None,
+        )
     append_line(run.metrics, event("export", checkpoint.step, str(folder)))
     return folder
+
+
+def _checkpoint(job: Job, run: Run, step: int | None = None) -> Checkpoint:
+    """The best checkpoint, or that of a step.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    storage = storage_of(job, run)
+    key = signing_key(run, storage)
+    found = best(storage, key) if step is None else None
+    found = next((one for one in complete(storage, key) if one.step == step), found)
+    if found is None:
+        _, problems = newest_sound(storage, key)
+        what = "; ".join(["there is no complete checkpoint to export", *problems])
+        raise CheckpointError(what, where=str(storage), fix="train the run first")
+    return found
 
 
 def evaluate_all(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener) -> None:
@@ -143,9 +159,8 @@ def _score(
         _tell(run, written, split, job.evaluate.max_new_tokens, listener)
     scored = {model: evaluation.merge(one for part in parts for one in part.scores) for model, parts in results.items()}
     report = _report(job, run, scored, split, names, prepared.labels)
-    checkpoint = best(checkpoints_folder(job, run))
-    if split == "test" and "best" in compared and checkpoint is not None:
-        write_card(job, checkpoint, run.export, dtype=decision(run, "model.dtype"), scores=report)
+    if split == "test" and "best" in compared:
+        write_card(job, _checkpoint(job, run), run.export, dtype=decision(run, "model.dtype"), scores=report)
     return report
 
 

@@ -12,6 +12,7 @@ from distft.errors import Interrupted
 from distft.orchestrate.cluster import Node, check_capacity, connected, worker_resources, workers_of
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
+from distft.orchestrate.signals import interruptible
 from distft.orchestrate.training import train as train_stage
 from distft.runs import Run, read_json, update_result, write_json
 from distft.train.folder import begin, run_folder
@@ -62,13 +63,22 @@ def train(
     return made
 
 
+def _check_quantisation(job: Job) -> None:
+    adapter = job.model.adapter
+    if adapter is not None and adapter.quantize is not None:
+        from distft.model.nf4 import refuse_absent
+
+        refuse_absent()
+
+
 @contextlib.contextmanager
 def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[tuple[Data, list[Node]]]:
     """A run in progress: its data and its cluster; ``result.json`` tells how it ended, in any case."""
     began = time.monotonic()
     listener.stage("cluster")
-    with connected(job) as nodes:
+    with connected(job) as nodes, interruptible():
         check_capacity(workers_of(job), worker_resources(job, nodes), nodes)
+        _check_quantisation(job)
         data = prepare(job, listener)
         if not resume:
             begin(job, made)

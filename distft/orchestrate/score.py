@@ -37,7 +37,7 @@ def score_on_cluster(
         max_retries=job.cluster.max_failures,
         num_returns="streaming",  # a unit's result is there as soon as it is done, and the model is loaded once
     )
-    shares = deal(work, workers_of(job))
+    shares = deal(work, workers_of(job).max)
     owners = {task.remote(subject, share): number for number, subject in enumerate(subjects) for share in shares}
     results: list[list[Scored]] = [[] for _ in subjects]
     total = len(subjects) * len(work)

@@ -1,25 +1,39 @@
-"""The training stage: workers in the background, a person's eyes and Ctrl-C in the foreground."""
+"""The training stage: one group of workers after the other until the run is done, and a person's eyes on it."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
+import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from distft.config import Job
-from distft.errors import Interrupted
+from distft.errors import CapacityError, Interrupted, RunError
+from distft.orchestrate import cluster
 from distft.orchestrate.cluster import Node, worker_resources, workers_of
 from distft.orchestrate.data import Data
 from distft.orchestrate.listener import Listener
-from distft.runs import Run, read_lines, read_new_lines, update_result
+from distft.orchestrate.places import clear, read_places, states
+from distft.orchestrate.policy import Failure, GiveUp, HalveMicroBatch, Kind, decide
+from distft.orchestrate.signals import Asked, stopping
+from distft.orchestrate.stall import STACK_SECONDS, StallClock, explain
+from distft.orchestrate.watch import Requests, Watch
+from distft.runs import Run, StopRequest, append_line, event, read_json, read_lines, read_new_lines, update_result
+from distft.train import Attempt, Outcome
 from distft.world import cache_folder
 
 T = TypeVar("T")
+
+#: How long the driver sleeps between two looks at everything.
+LOOK_SECONDS = 0.25
+
+#: How long a run waits for the workers that it needs at least: as long as a cloud may take to bring a node back.
+ROOM_SECONDS = 600.0
+
+#: How long a run waits for more than it needs at least, where others hold it: until what was just ended has let go.
+SETTLE_SECONDS = 3.0
 
 
 def train(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener) -> None:
@@ -27,33 +41,189 @@ def train(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener)
 
     Raises:
         Interrupted: Somebody asked the run to stop (Ctrl-C); its checkpoint is written.
+        RunError: It failed, and starting again would not help, or was done often enough.
+        CapacityError: The workers that it needs at least are not to be had.
     """
-    from distft.orchestrate.fit import Assignment, fit
-
     listener.stage("train")
-    need = worker_resources(job, nodes)
-    assignment = Assignment(
-        job, run, data.prepared, data.model, cache_folder().resolve(), threads=max(1, int(need.get("CPU", 1)))
-    )
-    with _stop_on_interrupt(run, listener):
-        fitting = _in_background(lambda: fit(assignment, workers_of(job), need))
-        for record in _follow(run.metrics, fitting):
-            listener.record(record)
-        outcome = fitting.result()
-    restarts = sum(record.get("event") == "restart" for record in read_lines(run.metrics))
+    with stopping(listener.note) as asked:
+        outcome = Training(job, run, data, worker_resources(job, nodes), listener, asked).run()
+    begun = [line for line in read_lines(run.metrics) if line.get("event") in ("restart", "resize")]
     update_result(
         run,
         step=outcome.step,
         best_step=outcome.best_step,
         metrics=outcome.metrics,
-        restarts=restarts,
+        restarts=len(begun),
         paths=_paths(run),
     )
-    if outcome.interrupted:
-        raise Interrupted(
-            f"stopped at step {outcome.step:,}; its checkpoint is written",
-            fix=f"go on with the same command and --resume --name {run.name}",
+    if outcome.stopped == "interrupt":
+        raise _interrupted(run, f"stopped at step {outcome.step:,}; its checkpoint is written")
+
+
+class Training:
+    """A run's groups of workers, one after the other.
+
+    Args:
+        job: The job.
+        run: The run.
+        data: What it works on.
+        need: What one worker needs.
+        listener: Who hears of it.
+        asked: Whether somebody asks to stop.
+    """
+
+    def __init__(
+        self, job: Job, run: Run, data: Data, need: dict[str, float], listener: Listener, asked: Asked
+    ) -> None:
+        self._job, self._run, self._data, self._need = job, run, data, need
+        self._listener, self._asked = listener, asked
+        self._bounds = workers_of(job)
+        self._requests = Requests(run)
+        self._offset = run.metrics.stat().st_size if run.metrics.exists() else 0
+        self._step: int | None = None  # the last one of this group of workers
+        self._limit: int | None = None  # rows of a pass that memory holds, once that is known
+
+    def run(self) -> Outcome:
+        """Starts groups of workers until one ends as it should, or it is no use.
+
+        Raises:
+            DistftError: See :func:`train`.
+        """
+        history: list[Failure] = []
+        while True:
+            workers = self._await_room()
+            try:
+                ended = self._one_group(workers)
+            finally:
+                self._requests.forget()
+            if isinstance(ended, Outcome):
+                if ended.stopped is None:
+                    return ended
+                if self._asked:
+                    return dataclasses.replace(ended, stopped="interrupt")
+                if ended.stopped == "resize":
+                    continue
+                ended = Failure("preempted", "its node was about to be taken away", step=ended.step)
+            elif self._asked:
+                raise _interrupted(self._run, f"stopped; its workers ended without a checkpoint: {ended}")
+            self._go_on(ended, history)
+            history.append(ended)
+
+    def _go_on(self, failure: Failure, history: Sequence[Failure]) -> None:
+        """Makes ready for the next group of workers.
+
+        Raises:
+            RunError: There is to be none.
+        """
+        decided = read_json(self._run.resolved)["decisions"]  # by the workers, as they begin
+        size = decided["train.micro_batch_size"]["value"] if decided else 1
+        after = decide(failure, history, max_failures=self._job.cluster.max_failures, micro_batch_size=size)
+        if isinstance(after, GiveUp):
+            raise RunError(after.reason, fix=f"{after.fix}; the workers' logs are in {self._run.logs}")
+        text = str(failure)
+        if isinstance(after, HalveMicroBatch):
+            self._limit = after.rows
+            text += f"; {after.rows} rows a pass instead of {size} from here on, as many rows a step as before"
+        if not (failure.kind == "preempted" and self._told_last("preempted")):  # the workers said it themselves
+            self._tell(failure.kind, text)
+
+    def _one_group(self, workers: int) -> Outcome | Failure:
+        """Runs one group of workers to its end, with an eye on it and on the cluster."""
+        from distft.orchestrate.fit import Assignment, fit
+
+        stall = self._job.cluster.stall_seconds
+        set_seconds = None if stall == "auto" else stall
+        began = time.time()
+        attempt = Attempt(self._bounds.max, self._limit, began, set_seconds)
+        threads = max(1, int(self._need.get("CPU", 1)))
+        data = self._data
+        assignment = Assignment(
+            self._job, self._run, data.prepared, data.model, cache_folder().resolve(), threads, attempt
         )
+        selectors = cluster.selectors(workers, self._need, cluster.free_nodes())
+        watch = Watch(self._run, began, self._need, self._bounds.max - workers, self._requests)
+        clock = StallClock(self._run, set_seconds)
+        self._step, stalled = None, None
+        fitting = in_background(lambda: fit(assignment, workers, self._need, selectors))
+        while not fitting.done():
+            time.sleep(LOOK_SECONDS)
+            self._hear(clock)
+            if self._asked:
+                self._requests.ask(StopRequest("interrupt"))
+            watch.look()
+            seconds = clock.stalled_seconds()
+            if seconds is not None and stalled is None and not fitting.done():
+                stalled = self._end_stalled(seconds, began)
+        self._hear(clock)
+        clear(read_places(self._run, began))
+        ended = fitting.result()
+        if isinstance(ended, Outcome):
+            return ended
+        kind: Kind = "preempted" if ended.kind == "lost" and watch.preempted else ended.kind
+        return dataclasses.replace(stalled or dataclasses.replace(ended, kind=kind), step=self._step)
+
+    def _end_stalled(self, seconds: float, began: float) -> Failure:
+        """Finds out why training stands still, and ends the workers."""
+        time.sleep(STACK_SECONDS)
+        places = read_places(self._run, began)
+        text = explain(seconds, self._step, places, states(places), self._run)
+        states(places, kill=True)
+        return Failure("stalled", text)
+
+    def _await_room(self) -> int:
+        """Waits until there is room for as many workers as the job needs at least.
+
+        Returns:
+            How many there is room for, at most as many as the job wants.
+
+        Raises:
+            CapacityError: There is none for too long.
+            Interrupted: Somebody asked to stop.
+        """
+        began, told = time.monotonic(), False
+        while True:
+            live = cluster.live_nodes()
+            free = min(cluster.room(self._need, cluster.free_nodes()), self._bounds.max)
+            waited = time.monotonic() - began
+            could = min(cluster.room(self._need, live), self._bounds.max)
+            if free >= self._bounds.min and (free >= could or waited > SETTLE_SECONDS):
+                return free
+            if self._asked:
+                raise _interrupted(self._run, "stopped while waiting for workers")
+            asked = cluster.describe(self._bounds.min, self._need)
+            if waited > ROOM_SECONDS:
+                raise CapacityError(
+                    f"waited {ROOM_SECONDS / 60:.0f} min for room for {asked}; there is room for {free}",
+                    where="cluster.workers",
+                    fix=f"go on with --resume --name {self._run.name} when it is there, or with fewer workers",
+                )
+            if waited > SETTLE_SECONDS and not told:
+                told = True
+                holds = cluster.listed(self._need, live) or "no node"
+                self._listener.note(f"  waiting for room for {asked}; there is room for {free} of them ({holds})")
+            time.sleep(LOOK_SECONDS)
+
+    def _hear(self, clock: StallClock) -> None:
+        """Passes on the new lines of the metrics."""
+        records, self._offset = read_new_lines(self._run.metrics, self._offset)
+        for record in records:
+            clock.record(record)
+            if record["kind"] == "train":
+                self._step = record["step"]
+            self._listener.record(record)
+
+    def _tell(self, kind: Kind, text: str) -> None:
+        """Records a failure as an event, which the listener hears with the next lines."""
+        name = "failed" if kind in ("error", "start_timeout") else kind
+        append_line(self._run.metrics, event(name, self._step or 0, text))
+
+    def _told_last(self, name: str) -> bool:
+        events = [line for line in read_lines(self._run.metrics) if line["kind"] == "event"]
+        return bool(events) and events[-1]["event"] == name
+
+
+def _interrupted(run: Run, what: str) -> Interrupted:
+    return Interrupted(what, fix=f"go on with the same command and --resume --name {run.name}")
 
 
 def _paths(run: Run) -> dict[str, str]:
@@ -66,7 +236,7 @@ def _paths(run: Run) -> dict[str, str]:
     }
 
 
-def _in_background(work: Callable[[], T]) -> Future[T]:
+def in_background(work: Callable[[], T]) -> Future[T]:
     """Does something in a thread of its own: Ray Train takes Ctrl-C for itself where ``fit`` has the main one.
 
     A daemon thread, unlike an executor's: a second Ctrl-C must not wait for the workers.
@@ -81,36 +251,3 @@ def _in_background(work: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def _follow(path: Path, work: Future[Any]) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a ``.jsonl`` file as they are written, from its present end, until ``work`` is done."""
-    offset = path.stat().st_size if path.exists() else 0
-    while True:
-        finished = work.done()
-        records, offset = read_new_lines(path, offset)
-        yield from records
-        if finished:
-            return
-        time.sleep(0.25)
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt(run: Run, listener: Listener) -> Iterator[None]:
-    """The first Ctrl-C asks the workers to checkpoint and stop; the second ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def request_stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, previous)
-        run.stop_request.touch()
-        listener.note("Stopping after this step, with a checkpoint. Ctrl-C again ends at once, without one.")
-
-    signal.signal(signal.SIGINT, request_stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        run.stop_request.unlink(missing_ok=True)

@@ -46,6 +46,9 @@ class BatchPlan:
         micro_batch_size: int | Literal["auto"],
         max_tokens: int,
         device_type: str,
+        *,
+        most_workers: int | None = None,
+        micro_batch_limit: int | None = None,
     ) -> BatchPlan:
         """Chooses the micro-batch size.
 
@@ -55,6 +58,9 @@ class BatchPlan:
             micro_batch_size: Rows per pass as the job asks, or ``auto``.
             max_tokens: Tokens in a row.
             device_type: ``cpu`` or ``cuda``.
+            most_workers: The most workers that there may be, at other times of the run too: the micro-batch suits all
+                numbers up to it, so that dropout, drawn per micro-batch, does not change with them.
+            micro_batch_limit: The most rows that fit into memory, where that was learnt.
 
         Raises:
             JobError: A size is not positive.
@@ -65,7 +71,7 @@ class BatchPlan:
         for key, size in sizes.items():
             if size < 1:
                 raise JobError(f"{size} is not a positive number", where=key)
-        share = math.ceil(batch_size / world_size)
+        share = math.ceil(batch_size / max(world_size, most_workers or 0))
         if micro_batch_size == "auto":
             budget = TOKENS_PER_PASS[device_type]
             wanted = max(1, budget // max_tokens)
@@ -75,7 +81,11 @@ class BatchPlan:
             reason = "set in the job"
         if wanted > share:
             reason += f"; no more than a worker's share of the batch, {share}"
-        return cls(batch_size, world_size, min(wanted, share), reason)
+        size = min(wanted, share)
+        if micro_batch_limit is not None and size > micro_batch_limit:
+            size = micro_batch_limit
+            reason += f"; more than {micro_batch_limit} ran out of memory"
+        return cls(batch_size, world_size, size, reason)
 
     def accumulation(self, rows: int) -> int:
         """Passes that every worker makes for a step of so many rows; the short last step may need fewer."""

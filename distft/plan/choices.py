@@ -41,14 +41,34 @@ class Choices:
         return {key: {"value": choice.value, "reason": choice.reason} for key, choice in choices.items()}
 
 
-def choose(job: Job, world_size: int, hardware: Hardware) -> Choices:
+def choose(
+    job: Job,
+    world_size: int,
+    hardware: Hardware,
+    *,
+    most_workers: int | None = None,
+    micro_batch_limit: int | None = None,
+) -> Choices:
     """Decides everything that the job leaves open.
+
+    Args:
+        job: The job.
+        world_size: Number of workers.
+        hardware: What one of them has.
+        most_workers: See :meth:`BatchPlan.solve`.
+        micro_batch_limit: See :meth:`BatchPlan.solve`.
 
     Raises:
         JobError: A setting cannot be used.
     """
     batch = BatchPlan.solve(
-        job.train.batch_size, world_size, job.train.micro_batch_size, job.data.max_tokens, hardware.device_type
+        job.train.batch_size,
+        world_size,
+        job.train.micro_batch_size,
+        job.data.max_tokens,
+        hardware.device_type,
+        most_workers=most_workers,
+        micro_batch_limit=micro_batch_limit,
     )
     return Choices(
         choose_dtype(job.model.dtype, hardware),

@@ -52,17 +52,17 @@ def in_bucket(address: str) -> list[tuple[Path, str]]:
         DataError: Nothing is there, or it cannot be had.
         JobError: It is no such address.
     """
-    files, kind, wanted = _connected(address)
-    with _explained(address):
+    files, kind, wanted = connected(address)
+    with explained(address):
         if GLOB.search(wanted) and not _is_object(files, wanted):
-            listed = _inside(files, fixed_folder(wanted))
+            listed = inside(files, fixed_folder(wanted))
             found = [each for each in listed if glob_matches(wanted, each.name)]
             if not found:
                 raise DataError("nothing there matches", address, _near(files, wanted))
         elif _is_object(files, wanted):
             found = [_object(files.get_file_info(wanted))]
         else:
-            listed = _inside(files, wanted)
+            listed = inside(files, wanted)
             found = [each for each in listed if is_data(each.name.removeprefix(f"{wanted}/"))]
             if not found:
                 what = "the folder holds no data files" if listed else "nothing is there"
@@ -80,12 +80,12 @@ def folder_in_bucket(address: str, patterns: Sequence[str]) -> Path:
         DataError: Nothing is there, or it cannot be had.
         JobError: It is no such address.
     """
-    files, kind, wanted = _connected(address)
-    with _explained(address):
+    files, kind, wanted = connected(address)
+    with explained(address):
         if _is_object(files, wanted):
             found = [_object(files.get_file_info(wanted))]
         else:
-            listed = [each for each in _inside(files, wanted) if "/" not in each.name.removeprefix(f"{wanted}/")]
+            listed = [each for each in inside(files, wanted) if "/" not in each.name.removeprefix(f"{wanted}/")]
             names = {each: each.name.rsplit("/", 1)[-1] for each in listed}
             found = [each for each in listed if any(glob_matches(pattern, names[each]) for pattern in patterns)]
         if not found:
@@ -96,12 +96,12 @@ def folder_in_bucket(address: str, patterns: Sequence[str]) -> Path:
     return folder if found[0].name != wanted else targets[found[0]]
 
 
-def _connected(address: str) -> tuple[Any, str, str]:
+def connected(address: str) -> tuple[Any, str, str]:
     """(pyarrow file system, scheme, ``bucket/key``)."""
     kind, wanted = scheme(address), address.partition("://")[2].strip("/")
     if not wanted:
         raise JobError("the address names no bucket", address, f"write {kind}://BUCKET/path")
-    with _explained(address):
+    with explained(address):
         return (_s3(wanted.split("/")[0]) if kind == "s3" else _gs()), kind, wanted
 
 
@@ -130,7 +130,7 @@ def _gs() -> Any:
 
 
 @contextmanager
-def _explained(address: str) -> Iterator[None]:
+def explained(address: str) -> Iterator[None]:
     """Turns what the file system says into what a person can do.
 
     Raises:
@@ -167,7 +167,7 @@ def _is_object(files: Any, name: str) -> bool:
     return bool(files.get_file_info(name).type == fs.FileType.File)
 
 
-def _inside(files: Any, folder: str) -> list[_Object]:
+def inside(files: Any, folder: str) -> list[_Object]:
     """Every object under a folder; none where there is no such folder."""
     from pyarrow import fs
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from distft.train.outcome import Outcome
+from distft.train.outcome import Attempt, Outcome
 
-__all__ = ["Outcome"]
+__all__ = ["Attempt", "Outcome"]

@@ -16,7 +16,7 @@ from distft import engine as engines
 from distft.config import Job
 from distft.errors import DistftError, Interrupted
 from distft.model import materialise
-from distft.runs import Run
+from distft.runs import Run, StopRequest
 from distft.task.prepare import prepare
 from distft.train.folder import begin, run_folder
 from distft.train.outcome import Outcome
@@ -38,7 +38,7 @@ def main() -> int:
         return error.exit_status
     finally:
         engines.leave()
-    if outcome.interrupted:
+    if outcome.stopped is not None:
         return Interrupted.exit_status
     return 0
 
@@ -81,7 +81,7 @@ def _stop_on_signal(run: Run) -> None:
     """The first SIGINT or SIGTERM asks all ranks to checkpoint and stop; the second ends at once."""
 
     def ask(number: int, _frame: object) -> None:
-        run.stop_request.touch()
+        run.ask(StopRequest("interrupt"))
         signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -37,8 +37,8 @@ def begin(job: Job, run: Run) -> None:
     run.job.write_text(job.text, encoding="utf-8")  # last: its presence makes the folder a run
 
 
-#: Sections that make the loss curve. Others may change on resume: workers, checkpoints, evaluation, tracking.
-CURVE = ("seed", "model", "task", "data", "train", "zero")
+#: Sections that make the loss curve. Others may change on resume: workers, ZeRO stage, checkpoints, tracking.
+CURVE = ("seed", "model", "task", "data", "train")
 
 
 def _check_unchanged(job: Job, run: Run) -> None:

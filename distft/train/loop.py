@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,17 @@ from distft.engine import Engine
 from distft.errors import NonFiniteLoss
 from distft.model import Batch
 from distft.plan.batch import BatchPlan
-from distft.runs import event
+from distft.runs import Stop, event
+from distft.train.orders import NO_ORDERS, Orders
+from distft.train.progress import Progress
 from distft.train.reporter import Record, Reporter
+from distft.train.saving import Saving
+from distft.train.watchdog import Watchdog
 
 Indices = npt.NDArray[np.int64]
+
+#: Steps without a finite loss or gradient norm that a run may leave out before it is given up.
+SKIPPED_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,15 @@ class Training:
         validate_every: Steps from one validation to the next.
         checkpoint_every: Steps from one checkpoint to the next.
         patience: Validations without gain after which to stop; None goes on.
+        non_finite: What becomes of a step whose loss or gradient norm is not a number.
         classifies: Whether each text has a label to be right about.
         flops_per_token: Forward and backward.
         peak_flops: What one worker can reach in a second.
         reporter: Who hears of it.
-        save: Writes a checkpoint.
-        stop_requested: Whether somebody asks to stop; asked on rank 0.
+        saving: Writes checkpoints beside training.
+        rewind: Takes up the newest sound checkpoint again.
+        orders: What somebody asks training to do now; asked on rank 0.
+        watchdog: Is shown signs of life.
         names: Names rows for people: where their documents come from.
     """
 
@@ -65,52 +75,36 @@ class Training:
     validate_every: int
     checkpoint_every: int
     patience: int | None
+    non_finite: Literal["stop", "skip_batch", "rewind"]
     classifies: bool
     flops_per_token: float
     peak_flops: float
     reporter: Reporter
-    save: Callable[[Progress], None]
-    stop_requested: Callable[[], bool]
+    saving: Saving
+    rewind: Callable[[], Progress]
+    orders: Callable[[], Orders]
+    watchdog: Watchdog
     names: Callable[[Indices], str]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        step: Updates made.
-        best_step: The validated step with the lowest loss, or None.
-        best_loss: Its validation loss.
-        validations_without_gain: Validations since.
-    """
-
-    step: int = 0
-    best_step: int | None = None
-    best_loss: float | None = None
-    validations_without_gain: int = 0
-
-    def validated(self, loss: float) -> Progress:
-        """After a validation at this step."""
-        if self.best_loss is None or loss < self.best_loss:
-            return replace(self, best_step=self.step, best_loss=loss, validations_without_gain=0)
-        return replace(self, validations_without_gain=self.validations_without_gain + 1)
-
-
-def fit(training: Training, progress: Progress) -> tuple[Progress, bool]:
+def fit(training: Training, progress: Progress) -> tuple[Progress, Stop | None]:
     """Trains from ``progress`` to the end of the order, until patience runs out, or until it is asked to stop.
 
     Returns:
-        How far it came, and whether it was asked to stop.
+        How far it came, and why it was asked to stop before the end.
 
     Raises:
         NonFiniteLoss: On every rank; the checkpoints hold nothing of it.
-        DistftError: A checkpoint cannot be written.
+        DistftError: The last checkpoint cannot be written.
     """
-    total, reporter = training.order.steps, training.reporter
-    stop = False
-    while progress.step < total and not stop and not _out_of_patience(training, progress):
-        record, stop = step(training, progress.step + 1)
+    total, reporter, saving = training.order.steps, training.reporter, training.saving
+    orders = NO_ORDERS
+    while progress.step < total and orders.stop is None and not _out_of_patience(training, progress):
+        try:
+            record, orders = step(training, progress.step + 1, skip=progress.step + 1 in progress.skipped_steps)
+        except NonFiniteLoss as problem:
+            progress = _past(training, progress, problem)
+            continue
         reporter.train(record)
         progress = replace(progress, step=record["step"])
         last = progress.step == total
@@ -119,89 +113,169 @@ def fit(training: Training, progress: Progress) -> tuple[Progress, bool]:
         improved = progress.best_step == progress.step
         if improved:
             reporter.event(event("best", progress.step, f"validation loss {progress.best_loss:.6f}"))
-        ending = last or stop or _out_of_patience(training, progress)
-        if improved or ending or progress.step % training.checkpoint_every == 0:
-            training.save(progress)
-    stop = stop and progress.step < total
-    if stop:
-        reporter.event(event("interrupted", progress.step, "asked to stop"))
-    elif progress.step < total:
-        reason = f"no gain in {progress.validations_without_gain} validations; the best was step {progress.best_step}"
-        reporter.event(event("finished", progress.step, reason))
-    else:
-        reporter.event(event("finished", progress.step, f"all {total:,} steps"))
+        due = improved or progress.step % training.checkpoint_every == 0
+        if orders.stop == "resize" and not due:
+            orders = replace(orders, stop=None)  # it comes again, and is taken at a checkpoint
+        if last or orders.stop is not None or _out_of_patience(training, progress):
+            saving.save(progress)
+        elif due or orders.save:
+            saving.begin(progress)
+    stop = orders.stop if progress.step < total else None
+    reporter.event(_ending(progress, stop, total))
     return progress, stop
+
+
+def _ending(progress: Progress, stop: Stop | None, total: int) -> Record:
+    if stop is not None:
+        names = {"interrupt": "interrupted", "preempted": "preempted", "resize": "interrupted"}
+        reasons = {
+            "interrupt": "asked to stop",
+            "preempted": "its node is about to go",
+            "resize": "more workers can be had",
+        }
+        return event(names[stop], progress.step, reasons[stop])
+    if progress.step < total:
+        reason = f"no gain in {progress.validations_without_gain} validations; the best was step {progress.best_step}"
+        return event("finished", progress.step, reason)
+    return event("finished", progress.step, f"all {total:,} steps")
 
 
 def _out_of_patience(training: Training, progress: Progress) -> bool:
     return training.patience is not None and progress.validations_without_gain >= training.patience
 
 
-def step(training: Training, number: int) -> tuple[Record, bool]:
+def _past(training: Training, progress: Progress, problem: NonFiniteLoss) -> Progress:
+    """Goes on past a step that is not a number, where the job wants that.
+
+    The newest checkpoint is taken up again, since that step may have spoiled the weights. ``skip_batch`` leaves out
+    that step alone, and those before it are done again to the same digits; ``rewind`` leaves out all from the
+    checkpoint to that step (Chowdhery et al., PaLM, https://arxiv.org/abs/2204.02311, section 5.1).
+
+    Raises:
+        NonFiniteLoss: The job wants none of it, or too many steps were left out already.
+    """
+    bad = progress.step + 1
+    if training.non_finite == "stop" or len(progress.skipped_steps) >= SKIPPED_STEPS:
+        raise problem
+    training.engine.step(0.0)  # its gradients must not meet those of the next
+    restored = training.rewind()
+    first = bad if training.non_finite == "skip_batch" else restored.step + 1
+    skipped = tuple(range(first, bad + 1))
+    which = f"step {bad:,} is" if len(skipped) == 1 else f"steps {first:,} to {bad:,} are"
+    reason = f"{problem.what}; {which} left out, on from the checkpoint of step {restored.step:,}"
+    training.reporter.event(event("skipped", bad, reason))
+    known = set(progress.skipped_steps) | set(skipped)
+    return replace(restored, skipped_steps=tuple(sorted(known)))
+
+
+def step(training: Training, number: int, *, skip: bool = False) -> tuple[Record, Orders]:
     """Makes one update.
 
     Args:
         training: The run.
         number: The step, from 1.
+        skip: Leave its rows out: no update.
 
     Returns:
-        Its record, equal on all ranks but for times, and whether somebody asks to stop.
+        Its record, equal on all ranks but for times, and what rank 0 was asked to do.
 
     Raises:
         NonFiniteLoss: The loss or the gradient norm is not a number, on every rank.
     """
-    start = time.perf_counter()
+    training.watchdog.alive()
     engine, rows = training.engine, training.rows
     indices = training.order.step(number - 1)
-    micro_batches = training.plan.micro_batches(indices, engine.world.rank)
+    micro_batches = [] if skip else training.plan.micro_batches(indices, engine.world.rank)
     supervised = rows.supervised_tokens(indices)
-    losses = _losses(training, number, micro_batches, 1.0 / max(1, supervised))
-    # One exchange of a few numbers: the loss, whether rank 0 was asked to stop, and each rank's memory in its place.
-    memory = [0.0] * engine.world.size
-    memory[engine.world.rank] = float(engine.peak_memory_bytes())
-    asked = float(engine.world.is_main and training.stop_requested())
-    total, stop, *memory = engine.sum_over_ranks([sum(losses), asked, *memory])
-    if not math.isfinite(total):
-        mine = [part for part, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
-        bad = [part for parts in engine.gather(mine) for part in parts]
-        _refuse(training, number, f"the loss is {total}", np.concatenate(bad))
+    clock = _Clock()
+    mine = _row_losses(training, number, indices, micro_batches, 1.0 / max(1, supervised), clock)
+    losses, memory, orders = _exchange(training, mine)
+    if not np.isfinite(losses).all():
+        _refuse(training, number, f"the loss is {losses.sum()}", indices[~np.isfinite(losses)])
     rate = training.learning_rate(number)
-    norm = engine.step(rate)
-    if not math.isfinite(norm):
+    norm = None if skip else engine.step(rate)
+    if norm is not None and not math.isfinite(norm):
         _refuse(training, number, f"the gradient norm is {norm}", indices)
-    seconds, tokens = time.perf_counter() - start, rows.tokens(indices)
+    seconds, tokens = clock.seconds(), rows.tokens(indices)
+    training.watchdog.step_took(seconds)
+    if not skip:
+        training.reporter.row_losses((number - 1) * training.order.batch_size, losses)
     record = {
         "kind": "train",
         "time": time.time(),
         "step": number,
         "steps": training.order.steps,
         "epoch": min(number * training.order.batch_size, training.order.total_rows) / len(rows),
-        "loss": total / max(1, supervised),
+        "loss": None if skip else float(losses.sum()) / max(1, supervised),
         "learning_rate": rate,
         "grad_norm": norm,
         "rows": len(indices),
         "tokens": tokens,
         "supervised_tokens": supervised,
         "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "mfu": training.flops_per_token * tokens / seconds / (engine.world.size * training.peak_flops),
-        "peak_memory_bytes": int(max(memory)),
+        "data_seconds": clock.data_seconds,
+        "tokens_per_second": 0.0 if skip else tokens / seconds,
+        "mfu": 0.0 if skip else training.flops_per_token * tokens / seconds / (engine.world.size * training.peak_flops),
+        "peak_memory_bytes": memory,
         "world_size": engine.world.size,
         "micro_batch_size": training.plan.micro_batch_size,
         "accumulation": len(micro_batches),
         "sample_digest": sample_digest(rows.ids[indices].tolist()),
     }
-    return record, stop > 0
+    return {**record, "skipped": True} if skip else record, orders
 
 
-def _losses(training: Training, number: int, micro_batches: list[Indices], scale: float) -> list[float]:
-    """Runs this rank's passes of a step; the loss sum of each."""
-    engine, last = training.engine, len(micro_batches) - 1
-    losses = []
-    for turn, indices in enumerate(micro_batches):
-        batch = batch_of(training.rows, indices, training.pad_id)
-        seed = micro_batch_seed(training.seed, number, turn * engine.world.size + engine.world.rank)
-        losses.append(engine.forward_backward(batch, scale, last=turn == last, seed=seed))
+class _Clock:
+    """A step's seconds, and how many of them went into putting batches together."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.data_seconds = 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def _exchange(training: Training, mine: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], int, Orders]:
+    """The one exchange of numbers in a step.
+
+    Args:
+        training: The run.
+        mine: Loss sums of the step's rows, (rows,), 0 where another rank has the row.
+
+    Returns:
+        Every row's loss sum, (rows,); the most memory of any rank, in bytes; and what rank 0 was asked to do.
+    """
+    engine, size = training.engine, training.engine.world.size
+    memory = [0.0] * size
+    memory[engine.world.rank] = float(engine.peak_memory_bytes())
+    asked = training.orders().encoded() if engine.world.is_main else NO_ORDERS.encoded()
+    written = float(training.saving.written)
+    sums = engine.sum_over_ranks([*mine.tolist(), *memory, written, *asked])
+    losses, rest = np.array(sums[: len(mine)]), sums[len(mine) :]
+    training.saving.look(everywhere=rest[size] == size)
+    return losses, int(max(rest[:size])), Orders.decoded(rest[size + 1 :])
+
+
+def _row_losses(
+    training: Training,
+    number: int,
+    indices: Indices,
+    micro_batches: Sequence[Indices],
+    scale: float,
+    clock: _Clock,
+) -> npt.NDArray[np.float64]:
+    """Runs this rank's passes of a step; the loss sums of its rows in their places among the step's, (rows,)."""
+    engine, size = training.engine, training.plan.micro_batch_size
+    losses = np.zeros(len(indices))
+    for turn, part in enumerate(micro_batches):
+        began = time.perf_counter()
+        batch = batch_of(training.rows, part, training.pad_id)
+        clock.data_seconds += time.perf_counter() - began
+        place = turn * engine.world.size + engine.world.rank
+        seed = micro_batch_seed(training.seed, number, place)
+        last = turn == len(micro_batches) - 1
+        losses[place * size : place * size + len(part)] = engine.forward_backward(batch, scale, last=last, seed=seed)
     return losses
 
 
@@ -219,6 +293,7 @@ def validate(training: Training, number: int) -> float:
     start = time.perf_counter()
     sums = [0.0, 0.0]
     for turn in range(passes):
+        training.watchdog.alive()
         batch = batch_of(rows, mine[turn * size : (turn + 1) * size], training.pad_id)
         losses, hits = engine.scores(batch)
         sums = [sums[0] + float(losses.double().sum()), sums[1] + int(hits.sum())]
@@ -252,11 +327,13 @@ def micro_batch_seed(seed: int, number: int, micro_batch: int) -> int:
 
 
 def _refuse(training: Training, number: int, problem: str, indices: Indices) -> None:
-    """Ends the run on every rank; the weights that this step would have made are in no checkpoint."""
+    """Gives the step up on every rank; the weights that it would have made are in no checkpoint."""
     names = training.names(indices)
-    training.reporter.event(event("failed", number, f"{problem}, in rows of {names}"))
+    if training.non_finite == "stop":
+        training.reporter.event(event("failed", number, f"{problem}, in rows of {names}"))
     raise NonFiniteLoss(
         f"{problem}; the rows are of {names}",
         where=f"step {number}",
-        fix="lower train.learning_rate, or look at these rows; the checkpoints before this step are good",
+        fix="lower train.learning_rate, look at these rows, or leave such steps out (train.non_finite: skip_batch); "
+        "the checkpoints before this step are good",
     )

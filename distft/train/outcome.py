@@ -1,22 +1,45 @@
-"""How training ended."""
+"""What crosses between those who start workers and the workers: how they were started, and how training ended."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from distft.runs import Stop
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a group of workers.
+
+    Attributes:
+        most_workers: How many workers there may be at other times; the micro-batch is chosen so that it need not
+            change with their number. None: as many as now.
+        micro_batch_limit: The most rows of a forward pass, where more ran out of memory.
+        began: When it was started, in seconds since the epoch.
+        stall_seconds: After how long without a step training stands still; None for automatic.
+    """
+
+    most_workers: int | None = None
+    micro_batch_limit: int | None = None
+    began: float | None = None
+    stall_seconds: float | None = None
+
+
+FIRST = Attempt()
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended; it crosses processes.
+    """How training ended.
 
     Attributes:
         step: Updates made.
         best_step: The validated step with the lowest loss, or None.
-        interrupted: Whether it stopped because somebody asked it to.
+        stopped: Why it stopped before its end, where somebody asked it to.
         metrics: The last training loss, and the best validation loss where there is one.
     """
 
     step: int
     best_step: int | None
-    interrupted: bool
+    stopped: Stop | None
     metrics: dict[str, float] = field(default_factory=dict)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from distft.runs import Run, append_line
 
 Record = dict[str, Any]
@@ -23,6 +26,10 @@ class Reporter(Protocol):
 
     def event(self, record: Record) -> None:
         """Something happened."""
+        ...
+
+    def row_losses(self, first: int, losses: npt.NDArray[np.float64]) -> None:
+        """The loss sums of a step's rows, (rows,), of which so many rows came before over the whole run."""
         ...
 
 
@@ -55,6 +62,14 @@ class FileReporter:
     def event(self, record: Record) -> None:
         """See :class:`Reporter`."""
         self._write(record)
+
+    def row_losses(self, first: int, losses: npt.NDArray[np.float64]) -> None:
+        """See :class:`Reporter`."""
+        if self._is_main:
+            self._run.row_losses.touch()
+            with self._run.row_losses.open("r+b") as file:
+                file.seek(4 * first)
+                file.write(losses.astype("<f4").tobytes())
 
     def _write(self, record: Record) -> None:
         if not self._is_main:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Callable
 from typing import Any
 
-from distft.checkpoint import Checkpoint, State, newest_sound, withdraw_after
+from distft.checkpoint import Checkpoint, Shards, State, Storage, sound, withdraw_after
 from distft.config import Job
 from distft.engine import Engine
 from distft.errors import CheckpointError, JobError
-from distft.train.loop import Progress
+from distft.model import Batch
+from distft.train.progress import Progress
+
+#: How far the probe loss may be from the saved one: rounding on other devices and numbers of ranks, no more.
+PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 def curve_settings(job: Job) -> dict[str, Any]:
@@ -27,54 +32,90 @@ def curve_settings(job: Job) -> dict[str, Any]:
     }
 
 
-def restore(engine: Engine, root: Path, state: State, *, resume: bool) -> tuple[Progress, list[str]]:
+def probe_loss(engine: Engine, batch: Batch) -> float | None:
+    """The loss sum of a few rows, the same on every rank, by which a loaded checkpoint is recognised.
+
+    None where it is not a number: such rows tell nothing.
+    """
+    loss = float(engine.losses(batch).double().sum())
+    return loss if math.isfinite(loss) else None
+
+
+def restore(
+    engine: Engine,
+    storage: Storage,
+    key: bytes,
+    state: State,
+    probe: Callable[[], float | None],
+    *,
+    resume: bool,
+) -> tuple[Progress | None, list[str]]:
     """Loads the newest sound checkpoint where resuming is asked for and there is one.
 
     Args:
         engine: Where it is loaded; every rank calls this.
-        root: The run's checkpoints.
+        storage: Where the run's checkpoints lie.
+        key: What they are signed with.
         state: The run as it is now, at step 0.
+        probe: Recomputes the loss that each checkpoint was saved with.
         resume: Whether to look for one.
 
     Returns:
-        How far the run has come, and what is wrong with newer checkpoints, which were passed over.
+        How far the run has come, None without a checkpoint; and what is wrong with newer ones, which were passed over.
 
     Raises:
         JobError: There are checkpoints and resuming was not asked for, or the run was another one.
         CheckpointError: There are checkpoints, and all are damaged.
     """
-    found: tuple[Checkpoint | None, list[str]] = (None, [])
-    if engine.world.is_main:
-        found = newest_sound(root)
-    checkpoint, problems = engine.broadcast(found)
-    if not resume and (checkpoint is not None or problems):
-        raise JobError(
-            "the run has checkpoints already", where=str(root), fix="go on with --resume, or take another --name"
-        )
-    if checkpoint is None:
-        if problems:
-            raise CheckpointError(
-                "; ".join(problems), fix="no other checkpoint is left: start again with another --name"
+    found = sound(storage, key) if engine.world.is_main else iter(())
+    problems: list[str] = []
+    while (one := engine.broadcast(next(found, None))) is not None:
+        if not resume:
+            raise JobError(
+                "the run has checkpoints already", where=str(storage), fix="go on with --resume, or take another --name"
             )
-        return Progress(), []
-    _check_same(checkpoint.state, state)
-    if engine.world.is_main:
-        withdraw_after(root, checkpoint.step)
-    engine.load(checkpoint.folder)
-    saved = checkpoint.state
-    return Progress(saved.step, saved.best_step, saved.best_loss, saved.validations_without_gain), problems
+        if isinstance(one, Checkpoint):
+            _check_same(one.state, state)
+            problem = _taken_up(engine, one, probe)
+            if problem is None:
+                if engine.world.is_main:
+                    withdraw_after(storage, one.step)
+                engine.barrier()
+                return _progress(one.state), problems
+            problems.append(problem)
+        else:
+            problems.append(one)
+    if problems:
+        raise CheckpointError("; ".join(problems), fix="no other checkpoint is left: start again with another --name")
+    return None, []
+
+
+def _taken_up(engine: Engine, checkpoint: Checkpoint, probe: Callable[[], float | None]) -> str | None:
+    """Loads a checkpoint into every rank; what is wrong with it, the same on all of them, or None."""
+    problem = None
+    try:
+        with checkpoint.shards() as files:
+            engine.restore(Shards(files))
+    except CheckpointError as error:
+        problem = str(error)
+    first: str | None = next((one for one in engine.gather(problem) if one is not None), None)
+    if first is not None:
+        return first
+    now, then = probe(), checkpoint.state.probe_loss
+    if then is None or (now is not None and abs(now - then) <= PROBE_TOLERANCE[checkpoint.state.dtype] * abs(then)):
+        return None
+    return f"{checkpoint.place}: its weights give another loss ({now}) than when they were saved ({then})"
+
+
+def _progress(saved: State) -> Progress:
+    return Progress(
+        saved.step, saved.best_step, saved.best_loss, saved.validations_without_gain, tuple(saved.skipped_steps)
+    )
 
 
 def _check_same(saved: State, now: State) -> None:
-    """Refuses to go on as another run, with everything that differs."""
-    if saved.world_size != now.world_size:
-        raise JobError(
-            f"resuming on {now.world_size} workers is not built yet: the checkpoint is of {saved.world_size}",
-            where="cluster.workers",
-            fix=f"resume on {saved.world_size} workers",
-        )
+    """Refuses to go on as another run, with everything that differs; ranks and ZeRO stage may."""
     pairs = {
-        "zero.stage": (saved.zero_stage, now.zero_stage),
         "model.dtype": (saved.dtype, now.dtype),
         "the prepared data": (saved.data_fingerprint, now.data_fingerprint),
         "the labels": (saved.labels, now.labels),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from distft import engine as engines
-from distft.checkpoint import State, check_budget, checkpoints_folder, save
+from distft.checkpoint import Saver, State, check_budget, shared_key, storage_of
 from distft.config import Job
 from distft.data.order import Order, sampled_rows
 from distft.data.store import Prepared, Rows
@@ -27,11 +27,16 @@ from distft.model import (
 from distft.plan.choices import Choices, choose
 from distft.plan.hardware import Hardware, peak_flops
 from distft.runs import Run, event, read_json, read_lines, write_json
-from distft.train.loop import Indices, Progress, Training, fit
-from distft.train.outcome import Outcome
-from distft.train.reporter import FileReporter, Reporter
-from distft.train.resume import curve_settings, restore
+from distft.train.environment import versions
+from distft.train.loop import Indices, Training, batch_of, fit
+from distft.train.orders import Listening
+from distft.train.outcome import FIRST, Attempt, Outcome
+from distft.train.progress import Progress
+from distft.train.reporter import FileReporter, Record, Reporter
+from distft.train.resume import curve_settings, probe_loss, restore
+from distft.train.saving import Saving
 from distft.train.schedule import learning_rate
+from distft.train.watchdog import Watchdog
 from distft.world import World
 
 #: Rows that the mean attended length is taken over, and documents that an error names.
@@ -48,6 +53,7 @@ def work(
     *,
     resume: bool = False,
     kind: Literal["zero", "plain"] = "zero",
+    attempt: Attempt = FIRST,
 ) -> Outcome:
     """Trains as one rank of ``world``; all ranks call it with the same arguments.
 
@@ -60,6 +66,7 @@ def work(
         reporter: Who hears of it; by default the run's files are written.
         resume: Go on from the newest sound checkpoint, where there is one.
         kind: ``plain`` is the one-process reference engine.
+        attempt: What is peculiar to this start of the workers.
 
     Returns:
         How it ended.
@@ -67,7 +74,10 @@ def work(
     Raises:
         DistftError: On every rank.
     """
-    choices = choose(job, world.size, hardware := Hardware.detect())
+    hardware = Hardware.detect()
+    choices = choose(
+        job, world.size, hardware, most_workers=attempt.most_workers, micro_batch_limit=attempt.micro_batch_limit
+    )
     if world.is_main:
         _record(run, choices)
     prepared = Prepared.open(prepared_folder)
@@ -82,8 +92,11 @@ def work(
     )
     engine = engines.open(loss_model, _settings(job, choices), world, kind)
     del model, loss_model  # stage 3 splits the weights: nothing else may hold them whole
-    with FileReporter(run, is_main=world.is_main, tensorboard=job.track.tensorboard) as files:
-        training = _training(
+    with (
+        FileReporter(run, is_main=world.is_main, tensorboard=job.track.tensorboard) as files,
+        Watchdog(run.logs / f"rank-{world.rank}.stack", attempt.stall_seconds) as watchdog,
+    ):
+        training, take_up = _training(
             job,
             run,
             engine,
@@ -93,12 +106,13 @@ def work(
             flops=flops,
             peak=peak_flops(hardware, dtype).flops,
             reporter=reporter or files,
+            watchdog=watchdog,
         )
-        progress = _start(job, run, training, choices, prepared, resume=resume)
-        progress, interrupted = fit(training, progress)
+        progress = _start(job, run, training, take_up, choices, attempt, resume=resume)
+        progress, stopped = fit(training, progress)
     engine.close()
     metrics = {} if progress.best_loss is None else {"validation_loss": progress.best_loss}
-    return Outcome(progress.step, progress.best_step, interrupted, metrics)
+    return Outcome(progress.step, progress.best_step, stopped, metrics)
 
 
 def _settings(job: Job, choices: Choices) -> engines.Settings:
@@ -109,6 +123,10 @@ def _settings(job: Job, choices: Choices) -> engines.Settings:
         weight_decay=job.train.weight_decay,
         max_grad_norm=job.train.max_grad_norm,
     )
+
+
+#: Loads the newest sound checkpoint, if resuming is asked for: how far the run is, and what was passed over.
+TakeUp = Callable[[bool], tuple[Progress | None, list[str]]]
 
 
 def _training(
@@ -122,19 +140,24 @@ def _training(
     flops: float,
     peak: float,
     reporter: Reporter,
-) -> Training:
+    watchdog: Watchdog,
+) -> tuple[Training, TakeUp]:
     """Puts together what the loop needs."""
     rows, validation = prepared.rows("train"), prepared.rows("validation")
     train = job.train
-    total_rows = train.steps * train.batch_size if train.steps else math.ceil((train.epochs or 1) * len(rows))
-    order = Order(len(rows), job.seed, train.batch_size, total_rows)
-    root, state = checkpoints_folder(job, run), _state(job, engine.world, choices, prepared)
+    order = Order.of(job, len(rows))
+    storage, state = storage_of(job, run), _state(job, engine.world, choices, prepared)
+    key = shared_key(engine, run, storage)
+    first_row = batch_of(rows, np.zeros(1, np.int64), pad)
 
-    def write(progress: Progress) -> None:
-        checkpoint = save(engine, root, replace(state, **asdict(progress)), job.checkpoint.budget_bytes)
-        reporter.event(event("checkpoint", progress.step, f"{checkpoint.bytes:,} bytes in {checkpoint.folder.name}"))
+    def probe() -> float | None:
+        return probe_loss(engine, first_row)
 
-    return Training(
+    def take_up(resume: bool) -> tuple[Progress | None, list[str]]:
+        return restore(engine, storage, key, state, probe, resume=resume)
+
+    saving = Saving(Saver(engine, storage, key, job.checkpoint.budget_bytes), state, probe, reporter)
+    training = Training(
         engine=engine,
         plan=choices.batch,
         order=order,
@@ -149,14 +172,18 @@ def _training(
         validate_every=train.validate_every.steps(order.steps),
         checkpoint_every=job.checkpoint.every.steps(order.steps),
         patience=train.patience,
+        non_finite=train.non_finite,
         classifies=job.task.kind == "classification",
         flops_per_token=flops,
         peak_flops=peak,
         reporter=reporter,
-        save=write,
-        stop_requested=run.stop_request.exists,
+        saving=saving,
+        rewind=lambda: take_up(True)[0] or Progress(),
+        orders=Listening(run.asked, lambda: saving.seconds),
+        watchdog=watchdog,
         names=lambda indices: named(prepared, rows, indices),
     )
+    return training, take_up
 
 
 def _state(job: Job, world: World, choices: Choices, prepared: Prepared) -> State:
@@ -166,31 +193,43 @@ def _state(job: Job, world: World, choices: Choices, prepared: Prepared) -> Stat
         choices.stage.value,
         choices.dtype.value,
         prepared.fingerprint,
+        micro_batch_size=choices.batch.micro_batch_size,
         settings=curve_settings(job),
         labels=list(prepared.labels),
+        versions=versions(),
     )
 
 
-def _start(job: Job, run: Run, training: Training, choices: Choices, prepared: Prepared, *, resume: bool) -> Progress:
-    """Where to begin; says so, after making sure that the checkpoints to come fit their budget."""
-    engine = training.engine
+def _start(
+    job: Job, run: Run, training: Training, take_up: TakeUp, choices: Choices, attempt: Attempt, *, resume: bool
+) -> Progress:
+    """Where to begin; says so, after making sure that checkpoints can be written."""
+    engine, saving = training.engine, training.saving
     check_budget(job.checkpoint.budget_bytes, engine.state_bytes(), validated=len(training.validation) > 0)
     before = engine.broadcast([line for line in read_lines(run.metrics) if line["kind"] == "event"])
-    state = _state(job, engine.world, choices, prepared)
-    progress, problems = restore(engine, checkpoints_folder(job, run), state, resume=resume)
+    taken_up, problems = take_up(resume)
+    progress = taken_up or Progress()
     for problem in problems:
         training.reporter.event(event("damaged", progress.step, problem))
     what = f"ZeRO {choices.stage.value}, {choices.dtype.value}"
     share = f"{training.order.steps:,} steps on {engine.world.size} workers, {what}"
-    if not before:
-        training.reporter.event(event("start", progress.step, share))
-    else:
-        name = "resume" if before[-1]["event"] == "interrupted" else "restart"
-        where = (
-            f"from the checkpoint of step {progress.step:,}" if progress.step else "from the beginning: no checkpoint"
-        )
-        training.reporter.event(event(name, progress.step, f"{where}; {share}"))
+    name, where = _beginning(before, progress, engine.world.size)
+    seconds = {} if attempt.began is None else {"seconds": time.time() - attempt.began}
+    training.reporter.event({**event(name, progress.step, f"{where}{share}"), **seconds, "workers": engine.world.size})
+    if taken_up is None:
+        saving.save(progress)  # a disk too small, or a storage that nodes do not share, is found before any step
     return progress
+
+
+def _beginning(before: Sequence[Record], progress: Progress, workers: int) -> tuple[str, str]:
+    """The name of the event that a group of workers begins with, and where it goes on from."""
+    known = [line for line in before if "workers" in line]
+    if not before:
+        return "start", ""
+    where = f"from the checkpoint of step {progress.step:,}; " if progress.step else "from the beginning; "
+    if known and known[-1]["workers"] != workers:
+        return "resize", f"{known[-1]['workers']} workers before; {where}"
+    return ("resume" if before[-1]["event"] == "interrupted" else "restart"), where
 
 
 def _record(run: Run, choices: Choices) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distft.checkpoint import complete
+from distft.checkpoint import complete, signing_key, storage_of
 from distft.config import Job
 from distft.data.store import Prepared
 from distft.evaluation import Subject, Unit, deal, score, units
 from distft.export import export
+from distft.runs import Run
 from distft.task.metrics import metrics_of
 from distft.world import World
 from tests.distributed import tiny
@@ -89,7 +90,9 @@ def test_generation_metrics_under_zero_3_with_two_workers_are_those_of_one_proce
     found = {}
     for name, ranks in (("alone", 1), ("zero-3", 2)):
         run_ranks(train, ranks, str(folder), name, str(prepared))
-        checkpoint = complete(folder / "runs" / name / "checkpoints")[-1]
+        run = Run(folder / "runs" / name)
+        storage = storage_of(job_of(folder), run)
+        checkpoint = complete(storage, signing_key(run, storage))[0]
         model = export(job_of(folder), folder / "model", checkpoint, folder / f"export-{name}", dtype="fp32")
         found[name] = {
             workers: joined(run_ranks(share_of, workers, str(folder), str(model), str(prepared)))

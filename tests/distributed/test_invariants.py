@@ -189,7 +189,9 @@ def empty_batches(folder: str) -> list[list[Any]]:
         for batches in ([real], [unsupervised, real, Batch.empty(1)], [unsupervised, Batch.empty(1)]):
             model = LossModel(load_model(Path(folder) / "model", torch.float32))
             engine = engines.open(model, engines.Settings(stage=stage), world)
-            losses = [engine.forward_backward(batch, 1 / 92, last=batch is batches[-1], seed=0) for batch in batches]
+            losses = [
+                sum(engine.forward_backward(batch, 1 / 92, last=batch is batches[-1], seed=0)) for batch in batches
+            ]
             norm = engine.step(1e-3)
             after = float(engine.losses(real).sum())
             found.append([stage, losses, norm, after])

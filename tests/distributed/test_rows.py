@@ -37,17 +37,19 @@ def prepared_of(home: Path) -> Prepared:
 @contextmanager
 def recorded(fed: dict[int, list[int]]) -> Iterator[None]:
     """Writes down which rows this rank gives to its engine in each step; a step that is redone counts once."""
-    original: Callable[..., list[float]] = loop._losses
+    original: Callable[..., Any] = loop._row_losses
 
-    def losses(training: loop.Training, number: int, micro_batches: list[loop.Indices], scale: float) -> list[float]:
+    def losses(
+        training: loop.Training, number: int, indices: loop.Indices, micro_batches: list[loop.Indices], *rest: Any
+    ) -> Any:
         fed[number] = np.concatenate(micro_batches).tolist()
-        return original(training, number, micro_batches, scale)
+        return original(training, number, indices, micro_batches, *rest)
 
-    loop._losses = losses
+    loop._row_losses = losses
     try:
         yield
     finally:
-        loop._losses = original
+        loop._row_losses = original
 
 
 class Gone(Exception):
@@ -68,6 +70,9 @@ class UntilStep:
         pass
 
     def event(self, record: dict[str, Any]) -> None:
+        pass
+
+    def row_losses(self, first: int, losses: Any) -> None:
         pass
 
 
@@ -134,7 +139,7 @@ def losses_of_neighbours(folder: str) -> list[list[float]]:
         before, after = (engine.losses(batch(one))[0] for one in (row, replace(row, input_ids=ids)))
         change = ((after - before).abs() / before.abs().clamp(min=1e-3)).tolist()
         sums = [
-            engine.forward_backward(batch(replace(one, supervised=quiet)), 0.01, last=False, seed=0)
+            sum(engine.forward_backward(batch(replace(one, supervised=quiet)), 0.01, last=False, seed=0))
             for one in (row, replace(row, input_ids=ids))
         ]
         through = [

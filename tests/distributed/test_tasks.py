@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distft.checkpoint import complete
+from distft.checkpoint import Folder, complete, signing_key, weights
 from distft.config import Job
 from distft.data.store import Prepared
 from distft.errors import JobError
@@ -223,8 +223,12 @@ def test_dora_and_dropout_under_zero_3_are_those_of_one_process(trained: Path) -
         assert [step[column] for step in sharded] == pytest.approx([step[column] for step in plain], rel=1e-5)
 
 
-def newest(trained: Path, name: str) -> Path:
-    return complete(Run(trained / "runs" / name).checkpoints)[0].folder
+def newest(trained: Path, name: str) -> list[Path]:
+    """The shards of a run's newest checkpoint."""
+    run = Run(trained / "runs" / name)
+    storage = Folder(run.checkpoints)
+    with complete(storage, signing_key(run, storage))[0].shards() as files:
+        return files
 
 
 @pytest.mark.parametrize(
@@ -234,40 +238,35 @@ def test_a_checkpoint_beside_an_adapter_holds_nothing_frozen(trained: Path, one:
     import torch
     from safetensors.torch import load_file
 
-    from distft.engine import consolidate
-    from distft.model import DTYPES
-
     def raw(weight: torch.Tensor) -> bytes:
-        return weight.to(DTYPES[one.dtype]).contiguous().view(torch.uint8).numpy().tobytes()
+        return weight.float().contiguous().view(torch.uint8).numpy().tobytes()
 
-    folder = newest(trained, one.name)
-    content = b"".join(path.read_bytes() for path in folder.rglob("*.pt"))
+    files = newest(trained, one.name)
+    content = b"".join(path.read_bytes() for path in files)
     frozen = load_file(trained / "model/model.safetensors")
     assert len(frozen) == 20
     for name, weight in frozen.items():  # in whole, or in the shares of up to three ranks
         if not name.endswith("norm.weight"):  # all ones
             assert raw(weight.flatten()[:8]) not in content, name
             assert raw(weight.flatten()[-8:]) not in content, name
-    weights = consolidate(folder)
+    found = weights(files)
     head = {"score.weight"} if one.task == "classification" else set()
-    assert {name for name in weights if "lora_" not in name} == head
-    assert len(weights) == 2 * 7 * 2 + len(head)  # two matrices, seven targets, two layers
-    assert one.stage or all(raw(weight) in content for weight in weights.values())  # so a search would find them
-    assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)  # it has learnt
+    assert {name for name in found if "lora_" not in name} == head
+    assert len(found) == 2 * 7 * 2 + len(head)  # two matrices, seven targets, two layers
+    assert one.ranks > 1 or all(raw(weight) in content for weight in found.values())  # so a search would find them
+    assert all(weight.any() for name, weight in found.items() if "lora_B" in name)  # it has learnt
     whole = newest(trained, Variant(one.task, one.packing, "full").name)
-    assert len(content) < 0.5 * sum(path.stat().st_size for path in whole.rglob("*.pt"))
+    assert len(content) < 0.5 * sum(path.stat().st_size for path in whole)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_all_stages_end_with_the_same_weights(trained: Path, task: str) -> None:
     import torch
 
-    from distft.engine import consolidate
-
     for adapter in ("full", "lora"):
         reference = Variant(task, True, adapter)
         expected, *others = (
-            consolidate(newest(trained, one.name))
+            weights(newest(trained, one.name))
             for one in ALL
             if one == reference or reference.over(one.ranks, one.stage, one.micro_batch) == one
         )

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from distft.checkpoint import complete, newest_sound
+from distft.checkpoint import Folder, complete, newest_sound, signing_key
 from distft.errors import DistftError
-from distft.runs import read_json, read_lines
+from distft.runs import StopRequest, read_json, read_lines
 from distft.train.reporter import FileReporter, Record
 from distft.world import World
 from tests.distributed import tiny
@@ -34,7 +34,16 @@ class StopAfter(FileReporter):
     def train(self, record: Record) -> None:
         super().train(record)
         if self._is_main and record["step"] == 5:
-            self._run.stop_request.touch()
+            self._run.ask(StopRequest("interrupt"))
+
+
+class FullAfter(FileReporter):
+    """From step 5 on rank 1 can write no file of more than 20 kB: its shard is cut off as on a full disk."""
+
+    def train(self, record: Record) -> None:
+        super().train(record)
+        if not self._is_main and record["step"] == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def attempt(home: Path, name: str, *settings: str, **how: Any) -> dict[str, Any]:
@@ -43,7 +52,7 @@ def attempt(home: Path, name: str, *settings: str, **how: Any) -> dict[str, Any]
         outcome = tiny.train(home, name, *SETTINGS, *settings, **how)
     except DistftError as error:
         return {"error": type(error).__name__, "says": str(error), "status": error.exit_status}
-    return {"step": outcome.step, "interrupted": outcome.interrupted, "best": outcome.best_step}
+    return {"step": outcome.step, "stopped": outcome.stopped, "best": outcome.best_step}
 
 
 def happenings(folder: str) -> dict[str, Any]:
@@ -61,27 +70,31 @@ def happenings(folder: str) -> dict[str, Any]:
     found["resumed"] = attempt(home, "stopped", resume=True)
     found["damaged"] = attempt(home, "damaged", resume=True)
     found["poisoned"] = attempt(home, "poisoned", "train.steps=17", "checkpoint.every={steps: 1}", model="poisoned")
+    for policy in ("skip_batch", "rewind"):
+        for stage in (0, 1, 2, 3):
+            how = [
+                "train.steps=17",
+                "train.validate_every={steps: 17}",
+                f"train.non_finite={policy}",
+                f"zero.stage={stage}",
+            ]
+            found[f"{policy} {stage}"] = attempt(home, f"{policy}-{stage}", *how, model="poisoned")
     found["impatient"] = attempt(
         home, "impatient", "train.learning_rate=1.0", "train.validate_every={steps: 1}", "train.patience=2"
     )
     found["small budget"] = attempt(home, "small", "checkpoint.budget=1KB")
-    limit_files(world)
-    found["full"] = attempt(home, "full")
+    full = FullAfter(tiny.run_of(home, "filled"), is_main=world.is_main, tensorboard=False)
+    found["filled"] = attempt(home, "filled", reporter=full)
+    found["full"] = attempt(home, "full")  # the limit stays
     return found
 
 
 def spoil(folder: Path) -> None:
     """Changes one bit of a shard."""
-    path = next((folder / "zero").glob("*optim_states.pt"))
+    path = next(folder.glob("*/rank-*.safetensors"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-def limit_files(world: World) -> None:
-    """Rank 1 can write no file of more than 20 kB from now on: its shard is cut off as on a full disk."""
-    if world.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +113,29 @@ def events(home: Path, name: str) -> list[str]:
     return [line["event"] for line in read_lines(tiny.run_of(home, name).metrics) if line["kind"] == "event"]
 
 
+def kept(home: Path, name: str) -> list[int]:
+    """The steps of a run's checkpoints, newest first."""
+    run = tiny.run_of(home, name)
+    storage = Folder(run.checkpoints)
+    return [checkpoint.step for checkpoint in complete(storage, signing_key(run, storage))]
+
+
 def losses(home: Path, name: str) -> list[float]:
     return [step["loss"] for step in tiny.curve(home, name)]
 
 
 def test_a_run_tells_its_whole_story(found: dict[str, Any], home: Path) -> None:
-    assert found["whole"] == {"step": 12, "interrupted": False, "best": 12}
+    assert found["whole"] == {"step": 12, "stopped": None, "best": 12}
     run = tiny.run_of(home, "whole")
     lines = list(read_lines(run.metrics))
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [10, 12]
-    assert events(home, "whole") == [
-        "start", "checkpoint", "checkpoint", "best", "checkpoint", "best", "checkpoint", "finished",
-    ]  # fmt: skip
-    assert [checkpoint.step for checkpoint in complete(run.checkpoints)] == [12, 10, 8, 4]
+    happened = events(home, "whole")
+    assert [event for event in happened if event != "checkpoint"] == ["start", "best", "best", "finished"]
+    assert happened[1] == "checkpoint"  # of step 0, on trial
+    assert kept(home, "whole") == [12, 10, 8, 4, 0]
+    saved = [line for line in lines if line.get("event") == "checkpoint"]
+    assert [line["step"] for line in saved] == [0, 4, 8, 10, 12]
+    assert all(0 < line["blocking_seconds"] <= line["write_seconds"] and line["bytes"] > 0 for line in saved)
     step = tiny.curve(home, "whole")[0]
     contract = (
         "kind time step epoch loss learning_rate grad_norm rows tokens supervised_tokens step_seconds "
@@ -125,8 +148,8 @@ def test_a_run_tells_its_whole_story(found: dict[str, Any], home: Path) -> None:
 
 
 def test_asked_to_stop_it_checkpoints_and_goes_on_where_it_was(found: dict[str, Any], home: Path) -> None:
-    assert found["stopped"] == {"step": 6, "interrupted": True, "best": None}
-    assert found["resumed"] == {"step": 12, "interrupted": False, "best": 12}
+    assert found["stopped"] == {"step": 6, "stopped": "interrupt", "best": None}
+    assert found["resumed"] == {"step": 12, "stopped": None, "best": 12}
     assert [event for event in events(home, "stopped") if event != "checkpoint"] == [
         "start", "interrupted", "resume", "best", "best", "finished",
     ]  # fmt: skip
@@ -146,7 +169,7 @@ def test_invariant_7_a_damaged_checkpoint_is_named_and_the_one_before_used(found
     assert "step-000006" in damaged["reason"]
     assert "sha256" in damaged["reason"]
     assert losses(home, "damaged") == losses(home, "whole")
-    assert [checkpoint.step for checkpoint in complete(home / "runs/damaged/checkpoints")] == [12, 10, 8, 4]
+    assert kept(home, "damaged") == [12, 10, 8, 4, 0]
 
 
 def test_a_loss_that_is_no_number_names_step_and_rows_and_keeps_the_last_good_checkpoint(
@@ -159,7 +182,7 @@ def test_a_loss_that_is_no_number_names_step_and_rows_and_keeps_the_last_good_ch
     steps = [step["step"] for step in tiny.curve(home, "poisoned")]
     assert f"step {len(steps) + 1}:" in ended["says"]
     assert steps
-    sound, problems = newest_sound(run.checkpoints)
+    sound, problems = newest_sound(storage := Folder(run.checkpoints), signing_key(run, storage))
     assert not problems
     assert sound is not None
     assert sound.step == steps[-1]
@@ -177,11 +200,43 @@ def test_a_budget_too_small_is_refused_before_the_first_step(found: dict[str, An
     assert losses(home, "small") == []
 
 
-def test_a_disk_full_on_one_rank_ends_all_without_a_trace(found: dict[str, Any], home: Path) -> None:
+@pytest.mark.parametrize("policy", ["skip_batch", "rewind"])
+def test_a_step_that_is_no_number_is_left_out_where_the_job_says_so(
+    found: dict[str, Any], home: Path, policy: str
+) -> None:
+    """What it did to weights, moments and gradients is undone at every stage: the steps after it are equal."""
+    before = losses(home, "poisoned")
+    bad = len(before) + 1
+    first = bad if policy == "skip_batch" else (bad - 1) // 4 * 4 + 1
+    curves = {}
+    for stage in range(4):
+        name = f"{policy}-{stage}"
+        assert found[f"{policy} {stage}"]["step"] == 17, found[f"{policy} {stage}"]
+        curves[stage] = losses(home, name)
+        assert [number for number, loss in enumerate(curves[stage], 1) if loss is None] == list(range(first, bad + 1))
+        (told,) = (line for line in read_lines(tiny.run_of(home, name).metrics) if line.get("event") == "skipped")
+        assert told["step"] == bad
+        assert "corpus.jsonl:8" in told["reason"]
+    assert curves[2][: first - 1] == before[: first - 1]
+    for stage in (0, 1, 3):
+        finite = [(one, other) for one, other in zip(curves[stage], curves[2], strict=True) if one is not None]
+        assert all(one == pytest.approx(other, rel=1e-5) for one, other in finite)
+
+
+def test_a_disk_that_fills_stops_no_training_but_the_end(found: dict[str, Any], home: Path) -> None:
+    assert found["filled"]["error"] == "CapacityError"
+    assert "rank 1" in found["filled"]["says"]
+    assert len(losses(home, "filled")) == 12
+    lines = list(read_lines(tiny.run_of(home, "filled").metrics))
+    assert [line["step"] for line in lines if line.get("event") == "checkpoint_failed"] == [8, 10]
+    assert kept(home, "filled")[0] == 4
+
+
+def test_a_disk_too_small_is_found_before_the_first_step(found: dict[str, Any], home: Path) -> None:
     assert found["full"]["error"] == "CapacityError"
     assert "rank 1" in found["full"]["says"]
-    assert len(losses(home, "full")) == 4
-    assert list(tiny.run_of(home, "full").checkpoints.iterdir()) == []
+    assert losses(home, "full") == []
+    assert not [path for path in tiny.run_of(home, "full").checkpoints.rglob("*") if path.is_file()]
 
 
 def two_steps(folder: str) -> int:

@@ -16,20 +16,22 @@ import transformers
 from torch import Tensor
 
 from distft import engine as engines
-from distft.checkpoint import Checkpoint, State, save
+from distft.checkpoint import Checkpoint, Folder, Saver, State
 from distft.config import Job
 from distft.errors import CheckpointError, JobError
 from distft.export import export
 from distft.model import DTYPES, Batch, LossModel, load_classifier, load_model, training_model
+from distft.model.nf4 import quantise
 from distft.world import World
 
-from .tiny_models import CONFIGS, SMOLLM2, tokenizer
+from .tiny_models import CONFIGS, SMOLLM2, needs_bitsandbytes, tokenizer
 
 TOKENS = tokenizer(**SMOLLM2)
 PAD = 0  # <|endoftext|>: the tokenizer's own is the end of a turn
 LABELS = ["down", "level", "up"]
 TEXTS = ["a b", "the longest of the three texts, by far", "c"]
 LORA = {"kind": "lora", "rank": 2}
+QLORA = {**LORA, "quantize": "nf4"}
 
 
 def base(folder: Path) -> Path:
@@ -74,7 +76,8 @@ def trained(made: Job, folder: Path, home: Path, dtype: str = "fp32") -> tuple[C
     for _ in range(5):
         engine.forward_backward(batch(classifies), 0.1, last=True, seed=0)
         engine.step(0.05)
-    return save(engine, home / "checkpoints", State(5, 1, 0, dtype, "x", labels=labels), 10**9), model.eval()
+    saver = Saver(engine, Folder(home / "checkpoints"), bytes(32), 10**9)
+    return saver.save(State(5, 1, 0, dtype, "x", labels=labels)), model.eval()
 
 
 Make = Callable[..., tuple[Path, LossModel]]
@@ -98,7 +101,17 @@ def predictions(model: Any, folder: Path) -> tuple[Tensor, Tensor]:
     return together, torch.cat([model(**tokens([text], return_tensors="pt")).logits for text in TEXTS])
 
 
-@pytest.mark.parametrize("adapter", [None, LORA, {**LORA, "dora": True}], ids=["full", "lora", "dora"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        None,
+        LORA,
+        {**LORA, "dora": True},
+        pytest.param(QLORA, marks=needs_bitsandbytes),
+        pytest.param({**QLORA, "dora": True}, marks=needs_bitsandbytes),
+    ],
+    ids=["full", "lora", "dora", "qlora", "qdora"],
+)
 def test_a_classifier_predicts_as_it_was_trained_to(adapter: dict[str, Any] | None, make: Make, tmp_path: Path) -> None:
     folder, model = make("classification", adapter)
     expected = model.class_log_probabilities(batch(True))
@@ -115,6 +128,8 @@ def test_a_classifier_predicts_as_it_was_trained_to(adapter: dict[str, Any] | No
     assert [answer["label"] for answer in answers] == [LABELS[number] for number in expected.argmax(1)]
     if adapter is not None:
         start = load_classifier(tmp_path / "base", torch.float32, labels=LABELS, seed=5, pad_id=PAD)
+        if "quantize" in adapter:
+            quantise(start, packed=True)
         beside = peft.PeftModel.from_pretrained(start, folder / "adapter").eval()
         torch.testing.assert_close(predictions(beside, folder)[0].log_softmax(1), expected, rtol=0, atol=1e-5)
     card = (folder / "README.md").read_text()
@@ -129,7 +144,9 @@ def run_example(card: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["generation", "language_modeling"])
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [None, LORA, pytest.param(QLORA, marks=needs_bitsandbytes)], ids=["full", "lora", "qlora"]
+)
 def test_a_language_model(kind: str, adapter: dict[str, Any] | None, make: Make, tmp_path: Path) -> None:
     folder, model = make(kind, adapter)
     expected = model.token_losses(batch(False))
@@ -143,6 +160,7 @@ def test_a_language_model(kind: str, adapter: dict[str, Any] | None, make: Make,
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card
     assert ("LoRA: rank 2, alpha 32; merged" in card) is (adapter is not None)
+    assert ("rounded to 4 bits" in card) is (adapter == QLORA)
     run_example(card, folder)
     assert (folder / "adapter").exists() is (adapter is not None)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
@@ -174,6 +192,16 @@ def test_the_adapter_alone(make: Make, tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card
     assert 'from_pretrained("somebody/base")' in card
+
+
+@needs_bitsandbytes
+def test_a_quantised_adapter_alone_is_loaded_as_its_card_says(make: Make, tmp_path: Path) -> None:
+    folder, model = make("generation", QLORA, merge=False)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    space: dict[str, Any] = {}
+    exec(code.replace("this/folder", str(folder)).replace("somebody/base", str(tmp_path / "base")), space)
+    losses = LossModel(space["model"].base_model.model, fused=False).eval().token_losses(batch(False))
+    torch.testing.assert_close(losses, model.token_losses(batch(False)), rtol=0, atol=1e-5)
 
 
 def test_an_adapter_that_is_not_there_is_refused(make: Make) -> None:

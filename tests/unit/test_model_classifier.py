@@ -95,7 +95,7 @@ def test_loss_and_hits_are_those_of_the_predictions(tmp_path: Path) -> None:
 
 def gradients(model: LossModel, batch: Batch) -> dict[str, Tensor]:
     model.zero_grad()
-    loss = model.train()(batch)
+    loss, _ = model.train()(batch)
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
@@ -112,7 +112,9 @@ def test_class_weights_multiply_losses(tmp_path: Path) -> None:
     factors = torch.tensor([4.0, 1.0, 0.5, 0.5])  # of the labels 2, 0, 1, 1
     carries = PACKED.labels != -100
     torch.testing.assert_close(weighted.token_losses(PACKED)[carries], plain[carries] * factors)
-    assert weighted(PACKED).item() == pytest.approx(float(weighted.token_losses(PACKED).sum()), rel=1e-6)
+    total, rows = weighted(PACKED)
+    assert total.item() == pytest.approx(float(weighted.token_losses(PACKED).sum()), rel=1e-6)
+    torch.testing.assert_close(rows, weighted.token_losses(PACKED).double().sum(1), rtol=1e-6, atol=0)
     assert "_class_weights" not in weighted.state_dict()
 
 

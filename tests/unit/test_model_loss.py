@@ -67,7 +67,7 @@ def test_fused_and_plain_paths_are_equal(name: str, monkeypatch: pytest.MonkeyPa
     assert [parameter_name for parameter_name, _ in fast.named_parameters()] == names
     losses = []
     for each in (plain, fast):
-        loss = each(MIXED)
+        loss, rows = each(MIXED)
         (loss * 0.25).backward()
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
@@ -79,6 +79,8 @@ def test_fused_and_plain_paths_are_equal(name: str, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(per_token, plain.token_losses(MIXED), rtol=1e-5, atol=1e-5)
     assert per_token.sum().item() == pytest.approx(losses[0], rel=1e-6)
     assert (per_token[MIXED.labels == -100] == 0).all()
+    torch.testing.assert_close(rows, per_token.double().sum(1), rtol=1e-6, atol=0)
+    assert not rows.requires_grad
 
 
 def test_the_plain_path_is_what_transformers_computes() -> None:
@@ -86,14 +88,14 @@ def test_the_plain_path_is_what_transformers_computes() -> None:
     ids = torch.from_numpy(segment(12, 5)).long()[None]
     expected = model(input_ids=ids, labels=ids, use_cache=False).loss
     batch = batch_of(pack(segment(12, 5)))
-    assert LossModel(model)(batch).item() / 11 == pytest.approx(expected.item(), rel=1e-6)
+    assert LossModel(model)(batch)[0].item() / 11 == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_the_fused_path_would_be_wrong_where_logits_are_capped() -> None:
     """So the probe at construction is needed: without it, Gemma 2 would train on another loss."""
     model = tiny("gemma2")
-    assert LossModel(copy.deepcopy(model), fused=True)(MIXED).item() != pytest.approx(
-        LossModel(model)(MIXED).item(), rel=1e-3
+    assert LossModel(copy.deepcopy(model), fused=True)(MIXED)[0].item() != pytest.approx(
+        LossModel(model)(MIXED)[0].item(), rel=1e-3
     )
 
 
@@ -104,13 +106,17 @@ def test_chunks_of_any_number_of_tokens(tokens: int, monkeypatch: pytest.MonkeyP
     hidden = torch.randn(tokens, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     head = LossHead(8, VOCABULARY, bias=False, dtype=torch.float64)
     targets = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
-    found = torch.autograd.grad(head(hidden, targets) * 3, (hidden, head.weight))
+    found = torch.autograd.grad(head(hidden, targets)[0] * 3, (hidden, head.weight))
     expected_loss = F.cross_entropy(hidden @ head.weight.T, targets, reduction="sum")
     expected = torch.autograd.grad(expected_loss * 3, (hidden, head.weight))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(head(hidden, targets), expected_loss, rtol=1e-12, atol=1e-12)
-    with torch.no_grad():
-        assert head(hidden, targets).shape == (tokens,)
+    each = F.cross_entropy(hidden @ head.weight.T, targets, reduction="none")
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            total, losses = head(hidden, targets)
+        torch.testing.assert_close(total, expected_loss, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(losses, each, rtol=1e-12, atol=1e-12)
+        assert not losses.requires_grad
 
 
 def test_gradient_agrees_with_finite_differences() -> None:
@@ -122,7 +128,7 @@ def test_gradient_agrees_with_finite_differences() -> None:
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         head = LossHead(6, 11, bias=False)
         head.weight = nn.Parameter(weight)
-        result = head(hidden.requires_grad_(), targets)
+        result, _ = head(hidden.requires_grad_(), targets)
         result.backward()
         return torch.stack([result.detach(), (head.weight.grad * d_weight).sum() + (hidden.grad * d_hidden).sum()])
 
@@ -135,7 +141,7 @@ def test_gradient_agrees_with_finite_differences() -> None:
 
 
 def test_a_second_backward_is_refused_rather_than_wrong() -> None:
-    loss = LossModel(tiny("llama"))(MIXED)
+    loss, _ = LossModel(tiny("llama"))(MIXED)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated already"):
         loss.backward()
@@ -148,7 +154,7 @@ def test_bf16_accumulates_the_weights_gradient_over_chunks_in_fp32(monkeypatch: 
     for chunk_tokens in (1, 1000):
         monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * VOCABULARY * chunk_tokens)
         each = LossModel(copy.deepcopy(model))
-        loss = each(batch)
+        loss, _ = each(batch)
         loss.backward()
         results.append((loss.item(), each.model.get_output_embeddings().weight.grad.float()))
         assert loss.dtype == torch.float32
@@ -161,9 +167,10 @@ def test_bf16_accumulates_the_weights_gradient_over_chunks_in_fp32(monkeypatch: 
 def test_invariant_5_masks_a_batch_without_targets_adds_nothing(fused: bool) -> None:
     model = LossModel(tiny("llama"), fused=fused)
     for batch in (Batch.empty(0), batch_of(pack(segment(5, 1), skip=9))):
-        loss = model(batch)
+        loss, rows = model(batch)
         loss.backward()
         assert loss.item() == 0
+        assert rows.tolist() == [0.0]
         assert len(gradients(model)) == len(list(model.parameters()))
         assert all((gradient == 0).all() for gradient in gradients(model).values())
         assert (model.token_losses(batch) == 0).all()
@@ -174,7 +181,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
     for checkpointing in (False, True):
         model = LossModel(tiny("llama"), activation_checkpointing=checkpointing).train()
         assert any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules()) is checkpointing
-        loss = model(MIXED)
+        loss, _ = model(MIXED)
         loss.backward()
         results.append((loss.item(), gradients(model)))
     assert results[0][0] == results[1][0]

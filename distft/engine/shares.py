@@ -1,0 +1,82 @@
+"""Where DeepSpeed keeps a rank's share of each trained parameter and of its optimizer state, stage by stage.
+
+It reads DeepSpeed's attributes (0.19.8) and no files of its own making: DeepSpeed's checkpoints are pickles, bound to
+the number of ranks and the stage that wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from distft.engine.pieces import Holding
+from distft.engine.protocol import Settings
+from distft.world import World
+
+Trained = Mapping[str, tuple[nn.Parameter, tuple[int, ...]]]
+
+
+def holdings(engine: Any, trained: Trained, settings: Settings, world: World) -> list[Holding]:
+    """What this rank's optimizer holds; without ZeRO that is everything, on every rank.
+
+    Args:
+        engine: DeepSpeed's.
+        trained: The trained parameters, and the shapes they have when they are whole, by their names in the model.
+        settings: Stage and type.
+        world: This rank's place.
+    """
+    if settings.stage == 3:
+        return list(_stage_3(engine.optimizer, trained, world))
+    if settings.stage > 0:
+        return list(_stage_1_or_2(engine.optimizer, trained))
+    owners: dict[int, torch.Tensor] = {id(parameter): parameter for parameter, _ in trained.values()}
+    if settings.dtype == torch.bfloat16:
+        owners = {id(weight): master for weight, master in _pairs(engine.optimizer)}
+    return [
+        Holding(name, shape, 0, parameter.numel(), owners[id(parameter)], 0)
+        for name, (parameter, shape) in trained.items()
+    ]
+
+
+def _stage_1_or_2(optimizer: Any, trained: Trained) -> Iterator[Holding]:
+    """A group's weights lie end to end, and each rank holds a run of that; in bf16 and stage 1 another class does."""
+    for name, (parameter, shape) in trained.items():
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None:
+            (owner,) = optimizer.param_groups[mapping.param_group_index]["params"]
+            whole, held = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Holding(name, shape, whole.start, whole.numel, owner, held.start)
+
+
+def _stage_3(optimizer: Any, trained: Trained, world: World) -> Iterator[Holding]:
+    """Each parameter is split into equal runs, the last one padded; groups of runs lie end to end."""
+    for name, (parameter, shape) in trained.items():
+        group, offset, run = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = world.rank * run
+        elements = min(run, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        if elements > 0:
+            yield Holding(name, shape, start, elements, optimizer.fp32_partitioned_groups_flat[group], offset)
+
+
+def refresh(engine: Any, settings: Settings) -> None:
+    """Makes the weights that passes compute with those that the optimizer holds, as after an update; collective."""
+    optimizer = engine.optimizer
+    if settings.stage == 3:
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer._post_step(set())
+    elif settings.stage > 0:
+        optimizer.update_lp_params()
+    elif settings.dtype == torch.bfloat16:
+        for weight, master in _pairs(optimizer):
+            weight.data.copy_(master.data)
+
+
+def _pairs(optimizer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """Each bf16 weight with its fp32 one, in DeepSpeed's optimizer for bf16 without ZeRO."""
+    for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        yield from zip(weights, masters, strict=True)

@@ -1,0 +1,92 @@
+"""What Ray Train says of workers that failed, read as a :class:`~distft.orchestrate.policy.Failure`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from distft.orchestrate.policy import Failure, Kind
+
+#: How torch, its allocators and Ray say that memory ran out: PyTorch's CUDA and CPU allocators
+#: (c10/cuda/CUDACachingAllocator.cpp, c10/core/impl/alloc_cpu.cpp), and Ray's memory monitor.
+_OUT_OF_MEMORY = re.compile(
+    r"CUDA out of memory|DefaultCPUAllocator: (can't|not enough)|not enough memory: you tried to allocate|"
+    r"CUDNN_STATUS_ALLOC_FAILED|running low on memory|OutOfMemoryError|MemoryError|std::bad_alloc"
+)
+
+#: What the others see when a peer is gone: gloo's and NCCL's words, and torch's store's.
+_PEER_GONE = re.compile(
+    r"Connection (closed by peer|reset by peer|refused)|Broken pipe|Socket closed|failed to recv, got 0 bytes|"
+    r"ncclRemoteError|ncclSystemError|remote process exited|Timed out waiting \d+ms|No route to host"
+)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """How a group of workers failed, from what ``TorchTrainer.fit`` raised.
+
+    One cause is picked where ranks say different things: a rank that is gone makes the others fail too.
+    """
+    from ray.exceptions import RayActorError
+    from ray.train.v2.api.exceptions import ControllerError
+
+    if isinstance(error, RayActorError):
+        return Failure("lost", f"Ray Train's controller died: {_last_line(str(error))}")
+    if isinstance(error, ControllerError):
+        inner = error.controller_failure
+        kind: Kind = "start_timeout" if "Startup" in type(inner).__name__ else "error"
+        return Failure(kind, _last_line(str(inner)) if kind == "error" else "the workers did not start in time")
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    if not failures:
+        return Failure("error", _last_line(str(error)))
+    found = {rank: _of_rank(failure) for rank, failure in sorted(failures.items())}
+    cause = min((cause for cause, _ in found.values()), key=_PRECEDENCE.index)
+    by_text: dict[str, list[int]] = {}
+    for rank, (other, text) in found.items():
+        if other == cause:
+            by_text.setdefault(text, []).append(rank)
+    kind = "lost" if cause == "peers_lost" else cause
+    if len(by_text) == 1:
+        ((text, ranks),) = by_text.items()
+        return Failure(kind, text, tuple(ranks))
+    return Failure(kind, "; ".join(f"[rank {', '.join(map(str, who))}] {text}" for text, who in by_text.items()))
+
+
+#: What became of one rank. Where several things are seen at once, what explains the others comes first.
+_Cause = Literal["preempted", "out_of_memory", "lost", "peers_lost", "error"]
+_PRECEDENCE: tuple[_Cause, ...] = get_args(_Cause)
+
+
+def _of_rank(failure: BaseException) -> tuple[_Cause, str]:
+    """What became of one rank, in a line."""
+    cause = getattr(failure, "health_check_failure", None)
+    if cause is not None or type(failure).__name__ == "WorkerHealthCheckTimeoutError":
+        text = str(cause or failure)
+        if getattr(cause, "preempted", False):
+            return "preempted", "its node was taken away"
+        if _OUT_OF_MEMORY.search(text):
+            return "out_of_memory", "killed by Ray because its node ran out of memory"
+        return "lost", _death(text)
+    base = getattr(failure, "_base_exc", failure)
+    text = str(base).strip()
+    name = type(base).__name__
+    if _OUT_OF_MEMORY.search(f"{name}: {text}"):
+        return "out_of_memory", _last_line(text) or name
+    line = f"{name}: {_last_line(text)}" if text else name
+    return ("peers_lost", f"lost its peers ({line})") if _PEER_GONE.search(text) else ("error", line)
+
+
+def _death(text: str) -> str:
+    """How a process ended, from Ray's long account of it."""
+    if "node" in text and re.search(
+        r"node (has )?(died|dead|was terminated|is dead)|node failure", text, re.IGNORECASE
+    ):
+        return "its node is gone"
+    if "hanging for" in text:
+        return "did not answer"
+    return "its process died"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""

@@ -1,0 +1,131 @@
+"""Where each rank runs: written down by the rank itself, so that the driver can look at it or end it, on any node."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distft.runs import Run, read_json, write_json
+
+#: How long a node may take to say how its ranks are; it starts a process for that where none is idle.
+ANSWER_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rank runs.
+
+    Attributes:
+        rank: Which.
+        attempt: The group of workers that it is of: when that was started, in seconds since the epoch.
+        pid: Its process.
+        started: When that began, in clock ticks since its node booted: a pid alone may be another's by now.
+        node: Ray's id of the node.
+        host: The node's address.
+        group: Ray's id of the group's placement group.
+    """
+
+    rank: int
+    attempt: float
+    pid: int
+    started: int
+    node: str
+    host: str
+    group: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+
+def write_place(run: Run, rank: int, attempt: float) -> None:
+    """Writes down where this process is; a Ray Train worker calls it."""
+    import ray
+
+    context = ray.get_runtime_context()
+    place = Place(
+        rank,
+        attempt,
+        os.getpid(),
+        _process(os.getpid())[1],
+        context.get_node_id(),
+        ray.util.get_node_ip_address(),
+        context.get_placement_group_id() or "",
+    )
+    write_json(run.logs / f"rank-{rank}.json", asdict(place))
+
+
+def read_places(run: Run, attempt: float) -> list[Place]:
+    """Where the ranks of a group of workers are, as far as they have said so."""
+    found = []
+    for path in run.logs.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            place = Place(**read_json(path))
+            if place.attempt == attempt:
+                found.append(place)
+    return sorted(found, key=lambda place: place.rank)
+
+
+def states(places: Sequence[Place], *, kill: bool = False) -> dict[int, str]:
+    """How each rank's process is: Linux' letter for it, ``gone``, or ``unknown`` where its node does not answer.
+
+    Args:
+        places: The ranks.
+        kill: End them too (SIGKILL, which also ends a process that is stopped).
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote = ray.remote(num_cpus=0, max_retries=0)(_states)
+    nodes = {place.node for place in places}
+    refs = {}
+    for node in nodes:
+        mine = [place for place in places if place.node == node]
+        pinned = remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        refs[pinned.remote([(place.pid, place.started) for place in mine], kill)] = mine
+    answered, _ = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_SECONDS) if refs else ([], [])
+    known = {place.rank: "unknown" for place in places}
+    for ref in answered:
+        with contextlib.suppress(ray.exceptions.RayError):  # the node went while it was asked
+            known |= {place.rank: state for place, state in zip(refs[ref], ray.get(ref), strict=True)}
+    return known
+
+
+def clear(places: Sequence[Place]) -> None:
+    """Makes sure that nothing is left of a group of workers: no process that could still write, no resources held.
+
+    Ray Train ends its workers itself, unless its controller died first.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    states(places, kill=True)
+    for group in {place.group for place in places if place.group}:
+        handle = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group)))
+        if placement_group_table(handle).get("state") not in (None, "REMOVED"):
+            remove_placement_group(handle)
+
+
+def _states(processes: list[tuple[int, int]], kill: bool) -> list[str]:
+    """What a node says of its own processes."""
+    found = []
+    for pid, started in processes:
+        state, began = _process(pid)
+        alive = began == started
+        if alive and kill:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        found.append(state if alive else "gone")
+    return found
+
+
+def _process(pid: int) -> tuple[str, int]:
+    """A process's state and start (fields 3 and 22 of /proc/PID/stat, see proc(5)); 0 where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "gone", 0
+    return fields[0], int(fields[19])

@@ -1,0 +1,10 @@
+"""Imported by the process that local ranks are forked from: torch, transformers, DeepSpeed and training."""
+
+from __future__ import annotations
+
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import distft.train.worker  # noqa: F401
+from distft import engine
+
+engine.preload()

@@ -1,0 +1,370 @@
+"""A run whose workers, nodes or driver are taken away: its curve is that of a run that nobody touched.
+
+Several Ray nodes on one machine, with one CPU each; ranks, steps and ZeRO stages are drawn anew each time, and the seed
+is printed: DISTFT_SEED takes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from distft.orchestrate.places import Place, read_places
+from distft.runs import Run, read_json, read_lines, training_curve
+from tests.distributed import tiny
+from tests.integration.conftest import Home
+from tests.support import start_ranks, wait_for_ranks
+
+pytestmark = pytest.mark.ray
+
+STEPS = 200
+JOB = f"""\
+model: {{source: ./model, dtype: fp32}}
+task: {{kind: language_modeling}}
+data:
+  source: ./corpus.jsonl
+  splits: {{validation: 0.1, test: 0.1}}
+  max_tokens: 64
+  overlong: split
+train: {{steps: {STEPS}, batch_size: 12, micro_batch_size: 1, learning_rate: 1e-3, validate_every: {{steps: 100}}}}
+checkpoint: {{every: {{steps: 20}}}}
+cluster: {{workers: 2}}
+track: {{tensorboard: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def draw() -> random.Random:
+    seed = int(os.environ.get("DISTFT_SEED") or random.randrange(1 << 31))
+    print(f"DISTFT_SEED={seed}")
+    return random.Random(seed)
+
+
+class Cluster:
+    """Ray nodes of one CPU each on this machine; the head has one too."""
+
+    def __init__(self, folder: Path) -> None:
+        from ray.cluster_utils import Cluster as RayCluster
+
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # else a busy machine starves the workers
+        head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": str(folder)}
+        self.ray = RayCluster(initialize_head=True, head_node_args=head)
+        self.others: list[Any] = []
+
+    def resize(self, nodes: int) -> None:
+        """Adds nodes, or takes the last ones away without a word."""
+        while len(self.others) + 1 < nodes:
+            self.others.append(self.ray.add_node(num_cpus=1))
+        while len(self.others) + 1 > nodes:
+            self.ray.remove_node(self.others.pop(), allow_graceful=False)
+
+    def drain(self, seconds: float) -> None:
+        """Tells the last node that it goes in so many seconds."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = GcsClient(address=self.ray.address).drain_node(
+            self.others[-1].node_id, reason, "test", int((time.time() + seconds) * 1000)
+        )
+        assert accepted, why
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    made = Cluster(tmp_path_factory.mktemp("r"))  # short: Ray's socket paths must stay under 108 bytes
+    try:
+        yield made
+    finally:
+        made.ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Home:
+    folder = tmp_path_factory.mktemp("survive")
+    tiny.make(folder)
+    (folder / "tiny.yaml").write_text(JOB)
+    return Home(folder, cluster.ray.address)
+
+
+@pytest.fixture(autouse=True)
+def no_driver_left() -> Iterator[None]:
+    """A test that fails leaves no run behind that holds the cluster."""
+    yield
+    while Survivor.processes:
+        process = Survivor.processes.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+class Survivor:
+    """A run that is going on, and what is done to it."""
+
+    processes: ClassVar[list[subprocess.Popen[str]]] = []
+
+    def __init__(self, home: Home, name: str, *settings: str, resume: bool = False) -> None:
+        self.run = Run(home.folder / "runs" / name)
+        words = ["--resume"] if resume else []
+        words += [word for setting in settings for word in ("--set", setting)]
+        self.process = home.start("train", "tiny.yaml", "--name", name, *words)
+        self.processes.append(self.process)
+
+    @property
+    def step(self) -> int:
+        steps = [line["step"] for line in read_lines(self.run.metrics) if line["kind"] == "train"]
+        return steps[-1] if steps else 0
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"it ended before {what}\n{self.process.communicate()}"
+            assert time.monotonic() < end, f"{what} did not come in time; {self.events()}"
+            time.sleep(0.02)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait(lambda: self.step >= step, f"step {step}")
+
+    def wait_for_event(self, name: str, seconds: float = 240) -> None:
+        self.wait(lambda: name in [one["event"] for one in self.events()], name, seconds)
+
+    def events(self) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.run.metrics) if line["kind"] == "event"]
+
+    def named(self, name: str) -> list[str]:
+        return [one["reason"] for one in self.events() if one["event"] == name]
+
+    def places(self) -> list[Place]:
+        """Where the ranks are that run now."""
+        newest = max(read_json(path)["attempt"] for path in self.run.logs.glob("rank-*.json"))
+        return read_places(self.run, newest)
+
+    def end(self, status: int = 0, seconds: float = 300) -> str:
+        output, errors = self.process.communicate(timeout=seconds)
+        assert self.process.returncode == status, f"{output}\n{errors}\n{self.events()}"
+        assert "Traceback" not in errors
+        assert "SIGTERM received" not in errors
+        return output + errors
+
+
+def reference(home: Home, stage: int) -> list[dict[str, Any]]:
+    """The curve of a run without Ray that nobody touches, made once for each stage."""
+    name = f"reference-{stage}"
+    run = Run(home.folder / "runs" / name)
+    if not run.metrics.exists():
+        command = [sys.executable, "-m", "distft.train", str(home.folder / "tiny.yaml"), "--name", name]
+        command += ["--runs", str(run.folder.parent), "--set", f"zero.stage={stage}"]
+        ranks = wait_for_ranks(start_ranks(command, 2, home.folder, home.environment), home.folder, 240)
+        assert ranks.statuses == [0, 0], ranks
+    return training_curve(run.metrics)
+
+
+def check_curve(home: Home, survivor: Survivor, stage: int, *, exact: bool) -> None:
+    """Each step is there once, of the same rows, with the same loss as in the run that nobody touched."""
+    expected, curve = reference(home, stage), training_curve(survivor.run.metrics)
+    assert [line["step"] for line in curve] == list(range(1, STEPS + 1))
+    assert [line["sample_digest"] for line in curve] == [line["sample_digest"] for line in expected]
+    for ours, theirs in zip(curve, expected, strict=True):
+        for name in ("loss", "grad_norm"):
+            if exact:
+                assert ours[name] == theirs[name], (ours["step"], name)
+            else:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (ours["step"], name)
+
+
+def seconds_to_go_on(survivor: Survivor, since: float) -> float:
+    """From a moment to the end of the first step that was made by workers started after it."""
+    lines = list(read_lines(survivor.run.metrics))
+    begun = next(n for n, line in enumerate(lines) if line["time"] > since and "workers" in line)
+    return float(next(line["time"] for line in lines[begun:] if line["kind"] == "train") - since)
+
+
+def stage_of(draw: random.Random) -> int:
+    stage = draw.choice([1, 2, 3])
+    print(f"ZeRO stage {stage}")
+    return stage
+
+
+def test_a_killed_rank(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    stage, step, rank = stage_of(draw), draw.randrange(25, 150), draw.randrange(2)
+    print(f"SIGKILL of rank {rank} after step {step}")
+    cluster.resize(2)
+    survivor = Survivor(tiny_home, "killed", f"zero.stage={stage}", "cluster.max_failures=1")
+    survivor.wait_for_step(step)
+    os.kill(survivor.places()[rank].pid, signal.SIGKILL)
+    killed = time.time()
+    survivor.end()
+    print(f"on again after {seconds_to_go_on(survivor, killed):.1f} s")
+    assert survivor.named("lost") == [f"[rank {rank}] its process died"]
+    assert read_json(survivor.run.result)["restarts"] == 1
+    check_curve(tiny_home, survivor, stage, exact=True)
+
+
+def test_a_node_goes_and_another_comes(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    stage, step = stage_of(draw), draw.randrange(25, 100)
+    print(f"node removed after step {step}")
+    cluster.resize(2)
+    survivor = Survivor(tiny_home, "elastic", f"zero.stage={stage}", "cluster.workers={min: 1, max: 2}")
+    survivor.wait_for_step(step)
+    cluster.resize(1)
+    gone = time.time()
+    survivor.wait_for_event("resize")
+    cluster.resize(2)
+    survivor.end()
+    print(f"on again after {seconds_to_go_on(survivor, gone):.1f} s")
+    sizes = [line["world_size"] for line in training_curve(survivor.run.metrics)]
+    assert [size for size, before in zip(sizes, [0, *sizes], strict=False) if size != before] == [2, 1, 2]
+    check_curve(tiny_home, survivor, stage, exact=False)
+
+
+@pytest.mark.slow
+def test_one_worker_becomes_three(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    stage = stage_of(draw)
+    cluster.resize(1)
+    survivor = Survivor(tiny_home, "grown", f"zero.stage={stage}", "cluster.workers={min: 1, max: 3}")
+    survivor.wait_for_step(draw.randrange(1, 40))
+    cluster.resize(3)
+    survivor.end()
+    sizes = {line["world_size"] for line in training_curve(survivor.run.metrics)}
+    assert {1, 3} <= sizes
+    check_curve(tiny_home, survivor, stage, exact=False)
+
+
+@pytest.mark.slow
+def test_a_killed_driver(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    stage, step = stage_of(draw), draw.randrange(25, 150)
+    cluster.resize(2)
+    first = Survivor(tiny_home, "driver", f"zero.stage={stage}")
+    first.wait_for_step(step)
+    places = first.places()
+    first.process.kill()
+    first.process.communicate()
+    again = Survivor(tiny_home, "driver", f"zero.stage={stage}", resume=True)
+    again.end()
+    check_curve(tiny_home, again, stage, exact=True)
+    assert not any(Path(f"/proc/{place.pid}").exists() for place in places)
+
+
+@pytest.mark.slow
+def test_sigterm(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    stage, step = stage_of(draw), draw.randrange(25, 150)
+    cluster.resize(2)
+    first = Survivor(tiny_home, "sigterm", f"zero.stage={stage}")
+    first.wait_for_step(step)
+    first.process.terminate()
+    said = first.end(status=130)
+    assert "--resume" in said
+    result = read_json(first.run.result)
+    assert result["status"] == "interrupted"
+    assert list((first.run.checkpoints / f"step-{result['step']:06}").glob("COMPLETE"))
+    again = Survivor(tiny_home, "sigterm", f"zero.stage={stage}", resume=True)
+    again.end()
+    check_curve(tiny_home, again, stage, exact=True)
+
+
+@pytest.mark.slow
+def test_a_drain_notice(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    """The node that hosts a rank goes: a checkpoint at once, one just before, and on with what is left."""
+    stage, step = stage_of(draw), draw.randrange(25, 100)
+    cluster.resize(2)
+    settings = [f"zero.stage={stage}", "cluster.workers={min: 1, max: 2}", "cluster.max_failures=0"]
+    survivor = Survivor(tiny_home, "preempted", *settings)
+    survivor.wait_for_step(step)
+    cluster.drain(8)
+    noticed = time.time()
+    survivor.wait_for_event("preempted", 30)
+    cluster.resize(1)
+    survivor.end()
+    at_once = [one for one in survivor.events() if one["event"] == "checkpoint" and one["time"] > noticed]
+    assert at_once[0]["time"] - noticed < 4
+    stopped = next(one for one in survivor.events() if one["event"] == "preempted")
+    assert noticed < stopped["time"] < noticed + 8.5
+    lines = list(read_lines(survivor.run.metrics))
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == list(range(1, STEPS + 1)), "no step was lost, and none made twice"
+    check_curve(tiny_home, survivor, stage, exact=False)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    stage, step, rank = stage_of(draw), draw.randrange(25, 150), draw.randrange(2)
+    cluster.resize(2)
+    survivor = Survivor(tiny_home, "stopped", f"zero.stage={stage}", "cluster.stall_seconds=8")
+    survivor.wait_for_step(step)
+    place = survivor.places()[rank]
+    os.kill(place.pid, signal.SIGSTOP)
+    stopped = time.time()
+    survivor.wait_for_event("stalled", 30)
+    print(f"explained after {time.time() - stopped:.1f} s: {survivor.named('stalled')}")
+    (text,) = survivor.named("stalled")
+    assert f"rank {rank} (pid {place.pid} on" in text
+    assert "SIGSTOP" in text
+    assert f"rank {1 - rank} (pid" in text
+    assert "waits for the others in" in text
+    output = survivor.end()
+    assert output.count("SIGSTOP") == 1, output
+    check_curve(tiny_home, survivor, stage, exact=True)
+
+
+@pytest.mark.slow
+def test_out_of_memory(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    """A rank's address space is closed: its next large allocation fails, as on a machine without memory left."""
+    stage, step, rank = stage_of(draw), draw.randrange(25, 100), draw.randrange(2)
+    cluster.resize(2)
+    settings = [f"zero.stage={stage}", "train.micro_batch_size=8", "cluster.max_failures=0"]
+    survivor = Survivor(tiny_home, "memory", *settings)
+    survivor.wait_for_step(step)
+    resource.prlimit(survivor.places()[rank].pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+    survivor.end()
+    (text,) = survivor.named("out_of_memory")
+    assert f"[rank {rank}]" in text
+    assert "4 rows a pass instead of 8" in text
+    curve = training_curve(survivor.run.metrics)
+    assert {line["rows"] for line in curve} == {12}
+    assert curve[-1]["micro_batch_size"] == 4
+    check_curve(tiny_home, survivor, stage, exact=False)
+
+
+BUG = """
+from transformers import LlamaForCausalLM
+
+
+class Buggy(LlamaForCausalLM):
+    def forward(self, input_ids=None, **inputs):
+        if (input_ids == TILDE).any():
+            raise ValueError("this text is unlucky")
+        return super().forward(input_ids=input_ids, **inputs)
+"""
+
+
+@pytest.mark.slow
+def test_a_bug_of_the_user(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    """A model with code of its own that raises at one row: twice at the same step, and the run is ended."""
+    cluster.resize(2)
+    tilde = read_json(tiny_home.folder / "model" / "tokenizer.json")["model"]["vocab"]["~"]
+    tiny.make_model(tiny_home.folder / "buggy")
+    (tiny_home.folder / "buggy" / "buggy.py").write_text(BUG.replace("TILDE", str(tilde)))
+    path = tiny_home.folder / "buggy" / "config.json"
+    config = {**read_json(path), "auto_map": {"AutoModelForCausalLM": "buggy.Buggy"}}
+    path.write_text(json.dumps(config))
+    settings = [f"zero.stage={stage_of(draw)}", "model.source=./buggy", "model.trust_remote_code=true"]
+    survivor = Survivor(tiny_home, "bug", *settings, "cluster.max_failures=10", "checkpoint.every.steps=1")
+    output, errors = survivor.process.communicate(timeout=240)
+    assert survivor.process.returncode == 5, output + errors
+    assert errors.count("this text is unlucky") == 1
+    assert f"the same error twice after step {survivor.step:,}" in errors
+    assert "[rank " in errors
+    assert "Traceback" not in errors
+    assert read_json(survivor.run.result)["status"] == "failed"
+    assert sum("workers" in one for one in survivor.events()) == 2

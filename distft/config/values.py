@@ -132,3 +132,6 @@ class Bounds(Section):
     """The least."""
     max: Count
     """The most."""
+
+    def __str__(self) -> str:
+        return f"{self.min} to {self.max}"

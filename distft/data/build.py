@@ -34,7 +34,8 @@ from distft.data.units import Report
 from distft.errors import DataError
 from distft.runs import write_json
 
-FORMAT = 2  # raise it when what is written for the same content changes
+FORMAT = 3  # raise it when what is written for the same content changes
+_ROWS_FORMAT = 2  # raise it when the rows do
 _NAMED = 5
 
 
@@ -276,6 +277,7 @@ def _card(
         "labels": {"names": list(numbered.names), "rows": numbered.counts(rows.split, rows.copies)},
         "lengths": lengths,
         "cut": index.cut(rows.copies > 0),
+        "unlearnt": card.unlearnt(rows.place, index.numbers("unlearnt", np.int32) * (rows.copies > 0)),
         "examples": card.examples(rows.place, rows.fate),
         "leaks": _leaks(index, rows),
         "settings": {
@@ -291,7 +293,7 @@ def _card(
 
 def _fingerprint(packed: Mapping[str, SplitRows], numbered: Labels) -> str:
     """A hash of what training sees: the rows of every split, in order, and what the labels' numbers mean."""
-    fingerprint = hashlib.blake2b(f"distft {FORMAT}".encode(), digest_size=16)
+    fingerprint = hashlib.blake2b(f"distft {_ROWS_FORMAT}".encode(), digest_size=16)
     for split, made in packed.items():
         fingerprint.update(split.encode() + made.ids.tobytes())
     for name in numbered.names:

@@ -75,6 +75,16 @@ def examples(place: Callable[[int], dict[str, Any]], fates: NDArray[np.int8]) ->
     return result
 
 
+def unlearnt(place: Callable[[int], dict[str, Any]], answers: NDArray[np.int32]) -> dict[str, Any]:
+    """The conversations that learn their last answer only: how many, the other answers, and where the first stand."""
+    documents = np.flatnonzero(answers)
+    return {
+        "documents": len(documents),
+        "answers": int(answers.sum(dtype=np.int64)),
+        "listed": [place(one) for one in documents[:_EXAMPLES].tolist()],
+    }
+
+
 def describe(card: dict[str, Any]) -> str:
     """The card for a person, compact."""
     source = card["source"]
@@ -85,6 +95,7 @@ def describe(card: dict[str, Any]) -> str:
         f"{'split':<12}{'documents':>10}{'rows':>10}{'tokens':>14}{'supervised':>14}{'share':>7}{'fill':>7}  fates",
         *(_split_line(card, split) for split in SPLITS),
         *_fate_lines(card),
+        *_unlearnt_lines(card["unlearnt"]),
         *_label_lines(card["labels"]),
         *_length_lines(card),
         *_leak_lines(card["leaks"]),
@@ -106,8 +117,20 @@ def _split_line(card: dict[str, Any], split: str) -> str:
 def _fate_lines(card: dict[str, Any]) -> Iterator[str]:
     for fate, places in card["examples"].items():
         count = sum(fates.get(fate, 0) for fates in card["rows"].values())
-        told = ", ".join(f"{place['source']} row {place['row']:,}" for place in places[:_SHOWN])
-        yield f"{fate}: {count:,} rows, {told}{', ...' if count > _SHOWN else ''}"
+        yield f"{fate}: {count:,} rows, {_told(places, count)}"
+
+
+def _unlearnt_lines(unlearnt: dict[str, Any]) -> Iterator[str]:
+    if count := unlearnt["documents"]:
+        yield (
+            f"last answer only: {count:,} conversations, because the template rewrites earlier turns "
+            f"({unlearnt['answers']:,} answers are not learnt): {_told(unlearnt['listed'], count)}"
+        )
+
+
+def _told(places: list[dict[str, Any]], count: int) -> str:
+    told = ", ".join(f"{place['source']} row {place['row']:,}" for place in places[:_SHOWN])
+    return f"{told}{', ...' if count > _SHOWN else ''}"
 
 
 def _label_lines(labels: dict[str, Any]) -> Iterator[str]:

@@ -49,6 +49,7 @@ class Example:
         supervised: bool (T,), which tokens are targets; None: every one that is not first in its segment.
         label: The label's name, where the task has labels; the last of ``ids`` is then any number.
         cut: (field, tokens) that were cut off to make it fit, where ``ids`` is no longer the whole document.
+        unlearnt: Answers of a conversation that are no targets, since the chat template writes them otherwise later.
     """
 
     ids: NDArray[np.int32]
@@ -58,6 +59,7 @@ class Example:
     supervised: NDArray[np.bool_] | None = None
     label: str | None = None
     cut: tuple[tuple[str, int], ...] = ()
+    unlearnt: int = 0
 
 
 class Task(Protocol):

@@ -42,6 +42,7 @@ _SCHEMA = {
     "targets": pa.list_(pa.int32()),
     "cut_field": pa.list_(pa.string()),
     "cut_tokens": pa.list_(pa.int32()),
+    "unlearnt": pa.int32(),
 }
 
 
@@ -77,7 +78,7 @@ class Writer:
             self._rows.append(place + (self._empty(digest) if record.is_empty else self._encoded(next(examples))))
 
     def _empty(self, digest: bytes) -> tuple[Any, ...]:
-        return FATES.index(EMPTY), 0, 0, self._offset, digest, None, [], [], [], [], []
+        return FATES.index(EMPTY), 0, 0, self._offset, digest, None, [], [], [], [], [], 0
 
     def _encoded(self, example: Example) -> tuple[Any, ...]:
         parts = [example.ids.tobytes()]
@@ -102,6 +103,7 @@ class Writer:
             [_targets(example.supervised, *span) for span in example.spans],
             [field for field, _ in example.cut],
             [tokens for _, tokens in example.cut],
+            example.unlearnt,
         )
 
     def tokens(self) -> dict[str, pa.Array]:

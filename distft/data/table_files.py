@@ -1,10 +1,12 @@
 """Files of typed columns: parquet, and Arrow's IPC file and stream, which ``datasets.save_to_disk`` writes.
 
-A parquet file is cut into its row groups, an arrow file into runs of its record batches.
+A parquet file is cut into its row groups, an arrow file into runs of its record batches. Columns that ``datasets`` has
+marked as classes (``ClassLabel``) hold numbers; rows get the classes' names.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -19,6 +21,8 @@ from distft.errors import DataError
 
 _ROWS = 1024
 _ARROW_FILE = b"ARROW1"
+_FEATURES = b"huggingface"
+_SHOWN = 8
 
 
 def cut(number: int, path: Path, name: str, format_: str, unit_bytes: int) -> Iterator[Piece]:
@@ -46,25 +50,63 @@ def cut(number: int, path: Path, name: str, format_: str, unit_bytes: int) -> It
 
 def columns(piece: Piece) -> tuple[str, ...]:
     """The columns of the file."""
+    return tuple(_schema(piece).names)
+
+
+def _schema(piece: Piece) -> Any:
     if piece.format == "parquet":
-        return tuple(_parquet(piece).schema_arrow.names)
+        return _parquet(piece).schema_arrow
     with _reader(piece) as reader:
-        return tuple(reader.schema.names)
+        return reader.schema
+
+
+def classes(schema: Any) -> dict[str, list[str]]:
+    """The names of the classes of each column that ``datasets`` has marked as one of classes.
+
+    It writes its features as JSON into the schema's metadata (``datasets.Features.arrow_schema``).
+    """
+    try:
+        features = json.loads((schema.metadata or {})[_FEATURES])["info"]["features"]
+        marked = {name: one for name, one in features.items() if isinstance(one, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}  # no features, or those of another version
+    return {
+        name: [str(label) for label in one["names"]]
+        for name, one in marked.items()
+        if one.get("_type") == "ClassLabel" and isinstance(one.get("names"), list)
+    }
 
 
 def rows(piece: Piece, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(1-based row of the piece, values of the wanted columns that there are).
 
     Raises:
-        DataError: The file is damaged.
+        DataError: The file is damaged, or a class has a number without a name.
     """
-    names = [name for name in columns(piece) if name in wanted]
+    schema = _schema(piece)
+    names = [name for name in schema.names if name in wanted]
+    labels = {name: labels for name, labels in classes(schema).items() if name in names}
     number = 0
     for batch in _parquet_batches(piece, names) if piece.format == "parquet" else _batches(piece, piece.stop):
         for start in range(0, batch.num_rows, _ROWS):
             for values in batch.select(names).slice(start, _ROWS).to_pylist():
                 number += 1
+                for name, known in labels.items():
+                    values[name] = _named(values[name], name, known, piece, number)
                 yield number, values
+
+
+def _named(value: Any, column: str, labels: list[str], piece: Piece, number: int) -> Any:
+    """The name of a class; None for -1, by which data sets say that a row has none."""
+    if not isinstance(value, int) or value == -1:
+        return None if value == -1 else value
+    if not 0 <= value < len(labels):
+        raise DataError(
+            f"column {column!r} holds {value}, and the file names {len(labels)} classes: {', '.join(labels[:_SHOWN])}",
+            where=where(piece, number),
+            fix="write the file again with datasets, or take the features out of its schema's metadata",
+        )
+    return labels[value]
 
 
 def length(piece: Piece) -> int:

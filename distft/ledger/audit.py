@@ -169,7 +169,7 @@ def _compare(plan: Plan, standing: Mapping[int, Record], chosen: Steps) -> tuple
             problem = ""
         if problem:
             found.append(Disagreement(step, problem, expected, recorded, tuple(chosen.get(step, _NONE).tolist())))
-        if owner in chosen and record is not None and not record.get("skipped"):
+        if owner is not None and owner in chosen and record is not None and not record.get("skipped"):
             used[step] = owner
     return used, found
 

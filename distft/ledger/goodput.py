@@ -71,15 +71,15 @@ def goodput(records: Iterable[Record]) -> Goodput:
     stands = [last_doing[line["kind"], line["step"]] == number for number, line in enumerate(lines)]
     attempts = _attempts(lines)
     parts = dict.fromkeys(PARTS, 0.0)
-    wall, end, lead_in = 0.0, _began(lines[0]), "startup"
+    wall, end, paused = 0.0, _began(lines[0]), False
     for first, after in attempts:
-        if lead_in == "startup":  # what went before is a pause, or nothing
+        if paused:
             end = max(end, _began(lines[first]))
-        attempt = lines[first:after]
-        spent, now = _divide(attempt, stands[first:after], end, lead_in)
+        anew = first == 0 or (paused and lines[first].get("event") == "resume")
+        spent, now = _divide(lines[first:after], stands[first:after], end, "startup" if anew else "restart")
         parts = {name: parts[name] + spent[name] for name in PARTS}
         wall, end = wall + now["time"] - end, now["time"]
-        lead_in = "startup" if now.get("event") == "interrupted" else "restart"
+        paused = now.get("event") == "interrupted"
     tail = lines[-1]["time"] - end  # a failure that nothing came after
     parts["restart"] += tail
     return Goodput(wall=wall + tail, attempts=len(attempts), **parts)

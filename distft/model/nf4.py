@@ -1,8 +1,8 @@
 """Frozen matrices in four bits beneath an adapter (QLoRA, Dettmers et al., arXiv 2305.14314), through bitsandbytes.
 
-Blocks of 64 weights share a scale, and each weight is one of 16 quantiles of a normal distribution (NF4, section 3); the
-scales are rounded to 8 bits in their turn (double quantisation): 4.127 bits a weight. A pass computes with the rounded
-weights in the model's own dtype, so a plain model of these same weights computes the same.
+Blocks of 64 weights share a scale, and each weight is one of 16 quantiles of a normal distribution (NF4, section 3).
+The scales are rounded to 8 bits in their turn (double quantisation): 4.127 bits a weight. A pass computes with the
+rounded weights in the model's own dtype, so a plain model of these same weights computes the same.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def _of_rank(failure: BaseException) -> tuple[_Cause, str]:
     if _OUT_OF_MEMORY.search(f"{name}: {text}"):
         return "out_of_memory", _last_line(text) or name
     line = f"{name}: {_last_line(text)}" if text else name
-    return ("peers_lost", f"lost its peers ({line})") if _PEER_GONE.search(text) else ("error", line)
+    gone = _PEER_GONE.search(text)
+    return ("peers_lost", f"lost its peers ({gone[0]})") if gone else ("error", line)
 
 
 def _death(text: str) -> str:

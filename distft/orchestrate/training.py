@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from distft.config import Job
 from distft.errors import CapacityError, Interrupted, RunError
+from distft.ledger.goodput import goodput
 from distft.orchestrate import cluster
 from distft.orchestrate.cluster import Node, worker_resources, workers_of
 from distft.orchestrate.data import Data
@@ -47,13 +48,19 @@ def train(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener)
     listener.stage("train")
     with stopping(listener.note) as asked:
         outcome = Training(job, run, data, worker_resources(job, nodes), listener, asked).run()
-    begun = [line for line in read_lines(run.metrics) if line.get("event") in ("restart", "resize")]
+    lines = list(read_lines(run.metrics))
+    begun = [line for line in lines if line.get("event") in ("restart", "resize")]
+    spent = goodput(lines)
     update_result(
         run,
         step=outcome.step,
         best_step=outcome.best_step,
         metrics=outcome.metrics,
         restarts=len(begun),
+        goodput={
+            "share": round(spent.share, 4),
+            "seconds": {name: round(part, 3) for name, part in spent.parts.items()},
+        },
         paths=_paths(run),
     )
     if outcome.stopped == "interrupt":
@@ -141,7 +148,7 @@ class Training:
             self._job, self._run, data.prepared, data.model, cache_folder().resolve(), threads, attempt
         )
         selectors = cluster.selectors(workers, self._need, cluster.free_nodes())
-        watch = Watch(self._run, began, self._need, self._bounds.max - workers, self._requests)
+        watch = Watch(self._run, began, self._need, workers, self._bounds.max, self._requests)
         clock = StallClock(self._run, set_seconds)
         self._step, stalled = None, None
         fitting = in_background(lambda: fit(assignment, workers, self._need, selectors))
@@ -149,6 +156,8 @@ class Training:
             time.sleep(LOOK_SECONDS)
             self._hear(clock)
             if self._asked:
+                if self._step is None:  # nothing that a checkpoint would keep
+                    raise _interrupted(self._run, "stopped before the workers' first step")
                 self._requests.ask(StopRequest("interrupt"))
             watch.look()
             seconds = clock.stalled_seconds()

@@ -55,9 +55,10 @@ class Trial:
     prepared: dict[bool, Path]
     runs: Path
 
-    def job_of(self, case: Case) -> Job:
+    def job_of(self, case: Case, checkpoint_every: int = STEPS) -> Job:
         """The job of a case."""
         values = self.job.dump()
+        values["checkpoint"]["every"] = {"steps": checkpoint_every}
         values["zero"]["stage"] = case.stage
         values["train"]["micro_batch_size"] = case.micro_batch_size
         values["cluster"]["workers"] = case.workers
@@ -126,7 +127,7 @@ def _small(job: Job, model: Path, rows: int | None, tokens: int | None) -> Job:
         "non_finite": "stop",
     }
     values["zero"]["offload"] = "none"
-    values["checkpoint"] = {"every": {"steps": CHECKPOINT_EVERY}, "budget": "2GB"}
+    values["checkpoint"] = {"budget": "2GB"}
     values["track"] = {"tensorboard": False}
     values["search"] = None
     return Job.from_values(values, job.folder)
@@ -146,7 +147,7 @@ def train(trial: Trial, cases: Sequence[tuple[str, Case]], plant: Callable[[], N
     if plant is not None:
         plant()
     for name, case in cases:
-        _train(trial, name, case)
+        _train(trial, name, trial.job_of(case))
 
 
 def train_until_killed(trial: Trial, name: str, case: Case) -> None:
@@ -162,14 +163,15 @@ def train_until_killed(trial: Trial, name: str, case: Case) -> None:
             if record["step"] == KILLED_AFTER and world.rank == world.size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    _train(trial, name, case, Fatal(trial.run(name), is_main=world.is_main, tensorboard=False))
+    fatal = Fatal(trial.run(name), is_main=world.is_main, tensorboard=False)
+    _train(trial, name, trial.job_of(case, CHECKPOINT_EVERY), fatal)
 
 
-def _train(trial: Trial, name: str, case: Case, reporter: Any = None) -> None:
+def _train(trial: Trial, name: str, job: Job, reporter: Any = None) -> None:
     from distft.train.worker import work
     from distft.world import World
 
-    job, prepared = trial.job_of(case), trial.prepared[case.packing]
+    prepared = trial.prepared[job.data.packing]
     work(job, World.from_environment(), trial.run(name), prepared, trial.model, reporter, resume=True)
 
 

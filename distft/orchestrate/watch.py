@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from distft.orchestrate import cluster
-from distft.orchestrate.places import read_places
+from distft.orchestrate.places import Place, read_places
 from distft.runs import Run, StopRequest
 
 #: Of two requests the later in this list stands: who stops for good needs not stop to grow.
@@ -52,15 +52,19 @@ class Watch:
         run: The run.
         attempt: The group: when it was started.
         need: What a worker needs.
-        missing: How many more workers the job would like to have.
+        workers: How many it has.
+        wanted: How many workers the job would like to have.
         requests: Where what is found is asked.
     """
 
-    def __init__(self, run: Run, attempt: float, need: Mapping[str, float], missing: int, requests: Requests) -> None:
+    def __init__(
+        self, run: Run, attempt: float, need: Mapping[str, float], workers: int, wanted: int, requests: Requests
+    ) -> None:
         self._run = run
         self._attempt = attempt
         self._need = need
-        self._missing = missing
+        self._workers = workers
+        self._wanted = wanted
         self._requests = requests
         self._room_seen = False
         self._look_for_drains = _every(DRAIN_SECONDS)
@@ -71,17 +75,21 @@ class Watch:
         """Looks, where it is time to, and asks."""
         if self._look_for_drains():
             self._drains()
-        if self._missing and self._look_for_room():
-            room = cluster.room(self._need, cluster.free_nodes())
+        if self._workers < self._wanted and self._look_for_room():
+            # Before all ranks run, the room that they are about to take is free.
+            room = len(self._places()) == self._workers and cluster.room(self._need, cluster.free_nodes()) > 0
             if room and self._room_seen:
                 self._requests.ask(StopRequest("resize"))
-            self._room_seen = room > 0
+            self._room_seen = room
+
+    def _places(self) -> list[Place]:
+        return read_places(self._run, self._attempt)
 
     def _drains(self) -> None:
         going = cluster.draining()
         if not going:
             return
-        for node in {place.node for place in read_places(self._run, self._attempt)} & going.keys():
+        for node in {place.node for place in self._places()} & going.keys():
             if node not in self.preempted:
                 self.preempted.add(node)
                 self._requests.ask(StopRequest("preempted", going[node] or time.time() + NOTICE_SECONDS))

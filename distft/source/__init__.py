@@ -19,6 +19,7 @@ from distft.source.archive import in_archive
 from distft.source.bucket import folder_in_bucket, in_bucket
 from distft.source.hub import in_hub
 from distft.source.matching import GLOB, advice, glob_matches
+from distft.source.splits import refuse_several
 from distft.source.wheel import in_wheel
 from distft.world import cache_folder
 
@@ -46,7 +47,8 @@ def files(address: str, folder: Path) -> list[Found]:
     Args:
         address: A path, a folder (every file of a known type in it, at any depth, hidden ones aside) or a glob (``**``
             crosses folders), absolute or relative to ``folder``; or the same behind ``pypi://PACKAGE==VERSION/``,
-            ``s3://BUCKET/``, ``gs://BUCKET/`` or ``hf://OWNER/NAME[@REVISION]/``.
+            ``s3://BUCKET/``, ``gs://BUCKET/`` or ``hf://OWNER/NAME[@REVISION]/``. A folder (or archive) whose files are
+            named after several splits is refused; of one on the hub, the training split is meant.
         folder: What relative paths are relative to: the job file's folder.
 
     Raises:
@@ -121,6 +123,7 @@ def _data(paths: list[Path], address: str) -> list[Path]:
         if not kept:
             names = [path.relative_to(folder).as_posix() for path in inside]
             raise DataError("the folder holds no data files", where=address, fix=advice("", names, str(folder)))
+        refuse_several([path.relative_to(folder).as_posix() for path in kept], address)
     else:
         kept = sorted(path for path in paths if not path.is_dir())
         if not kept:

@@ -13,6 +13,7 @@ from filelock import FileLock
 from distft.config.addresses import ARCHIVE, is_data
 from distft.errors import DataError
 from distft.source.matching import advice
+from distft.source.splits import refuse_several
 from distft.world import cache_folder
 
 
@@ -35,6 +36,7 @@ def in_archive(path: Path, name: str) -> list[tuple[Path, str]]:
             with zipfile.ZipFile(path) as archive:
                 names = [member for member in archive.namelist() if not member.endswith("/")]
                 members = sorted(member for member in names if is_data(member) and not member.endswith(ARCHIVE))
+                refuse_several(members, name)
                 for member in members:
                     unpack(archive, member, place, name)
         except (zipfile.BadZipFile, RuntimeError, EOFError) as error:  # RuntimeError: encrypted, or packed some new way

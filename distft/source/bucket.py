@@ -25,6 +25,7 @@ from distft.config.addresses import is_data, scheme
 from distft.errors import DataError, JobError
 from distft.log import logger
 from distft.source.matching import GLOB, advice, fixed_folder, glob_matches
+from distft.source.splits import refuse_several
 from distft.world import cache_folder
 
 _AT_ONCE = 8
@@ -67,6 +68,7 @@ def in_bucket(address: str) -> list[tuple[Path, str]]:
             if not found:
                 what = "the folder holds no data files" if listed else "nothing is there"
                 raise DataError(what, address, _near(files, wanted))
+            refuse_several([each.name.removeprefix(f"{wanted}/") for each in found], address)
         folder = cache_folder() / "remote" / kind
         targets = {each: folder / _digest([each]) / each.name.rsplit("/", 1)[-1] for each in found}
         _fetch(files, targets, address)

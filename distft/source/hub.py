@@ -15,6 +15,7 @@ from distft.config.addresses import is_data
 from distft.errors import DataError, JobError
 from distft.log import logger
 from distft.source.matching import GLOB, advice, glob_matches
+from distft.source.splits import named_after
 
 _ADDRESS = re.compile(
     r"hf://(datasets/)?(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?", re.ASCII
@@ -22,7 +23,6 @@ _ADDRESS = re.compile(
 _UNREACHABLE = "the data set is not in the cache, and the hub cannot be reached"
 _MIRROR = "set HF_ENDPOINT to a mirror, or copy the files here and name their paths"
 _HTTP_CLIENTS = {"httpx", "httpx2"}
-_TRAIN = re.compile(r"(^|[^a-z0-9])train(ing)?([^a-z0-9]|$)", re.IGNORECASE)
 
 
 def in_hub(address: str) -> list[tuple[Path, str]]:
@@ -55,7 +55,8 @@ def _chosen(names: list[str], path: str, address: str) -> list[str]:
     else:
         start = f"{path}/" if path else ""
         found = [name for name in names if name.startswith(start) and is_data(name)]
-        train = [name for name in found if _TRAIN.search(name.removeprefix(start))]
+        inside = named_after("train", [name.removeprefix(start) for name in found])
+        train = [start + name for name in inside]
         if train and len(train) < len(found):
             logger.info("%s: the %d files of its training split, of %d", address, len(train), len(found))
             found = train

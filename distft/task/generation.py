@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from distft.data.example import KEPT, NO_TARGET, TRUNCATED, Column, Example
 from distft.errors import DataError
 from distft.task.encoder import continuing, cut, encoder, fast_tokenizer
 from distft.task.presets import MESSAGES, Wording, wording_of
-from distft.task.template import ChatTemplate, Piece
+from distft.task.template import ChatTemplate, Piece, answered
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,12 @@ class Generation:
             DataError: The template refuses a row, or ends an answer without a token that stops generation.
         """
         rows = [self._pieces(values) for values in texts]
-        return [self._example(values, tokens) for values, tokens in zip(texts, self._tokens(rows), strict=True)]
+        examples = [self._example(values, tokens) for values, tokens in zip(texts, self._tokens(rows), strict=True)]
+        if self.wording is not None:
+            return examples
+        said = [len(answered(json.loads(conversation))) for (conversation,) in texts]
+        learnt = [sum(piece.answer for piece in row) for row in rows]
+        return [replace(one, unlearnt=all_ - some) for one, all_, some in zip(examples, said, learnt, strict=True)]
 
     def opening(self, prompt: str) -> str:
         """The text that a model is given to answer a person's prompt, as it was in training.

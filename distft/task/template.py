@@ -122,11 +122,7 @@ class ChatTemplate:
             DataError: The template refuses the conversation, changes the text before an answer with the answer, or
                 ends an answer without a token that stops generation.
         """
-        turns = [
-            number
-            for number, message in enumerate(messages)
-            if message["role"] == _ASSISTANT and message["content"].strip()
-        ]
+        turns = answered(messages)
         if not turns:
             return [Piece(self._render(messages, opening=False), False)]
         answers = [self._answer(messages, turn) for turn in turns]
@@ -188,6 +184,15 @@ class ChatTemplate:
             fix = "change the conversation, or the tokenizer's chat_template"
             raise _refused(f"the chat template refuses a conversation: {error}", messages, fix) from error
         return str(text)
+
+
+def answered(messages: Sequence[Message]) -> list[int]:
+    """The places of the assistant's turns that say something."""
+    return [
+        number
+        for number, message in enumerate(messages)
+        if message["role"] == _ASSISTANT and message["content"].strip()
+    ]
 
 
 def _refused(what: str, messages: Sequence[Message], fix: str) -> DataError:

@@ -14,9 +14,10 @@ from typing import TypeVar
 
 from distft import engine as engines
 from distft.config import Job
+from distft.data.store import Prepared
 from distft.errors import DistftError, Interrupted
 from distft.model import materialise
-from distft.runs import Run, StopRequest
+from distft.runs import Run, StopRequest, write_json
 from distft.task.prepare import prepare
 from distft.train.folder import begin, run_folder
 from distft.train.outcome import Outcome
@@ -53,6 +54,7 @@ def train(arguments: argparse.Namespace, world: World) -> Outcome:
     prepared = main_first(lambda: prepare(job, model), world, device)
     if not arguments.resume:
         main_first(lambda: begin(job, run), world, device)
+    main_first(lambda: write_json(run.card, Prepared.open(prepared).card), world, device)
     _stop_on_signal(run)
     outcome = work(job, world, run, prepared, model, resume=arguments.resume)
     if world.is_main:

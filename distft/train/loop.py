@@ -189,7 +189,9 @@ def step(training: Training, number: int, *, skip: bool = False) -> tuple[Record
     supervised = rows.supervised_tokens(indices)
     clock = _Clock()
     mine = _row_losses(training, number, indices, micro_batches, 1.0 / max(1, supervised), clock)
-    losses, memory, orders = _exchange(training, mine)
+    losses, memory, written, orders = _exchange(training, mine)
+    if not skip:  # also of a step that ends the run: they tell which rows it was
+        training.reporter.row_losses((number - 1) * training.order.batch_size, losses)
     if not np.isfinite(losses).all():
         _refuse(training, number, f"the loss is {losses.sum()}", indices[~np.isfinite(losses)])
     rate = training.learning_rate(number)
@@ -198,8 +200,6 @@ def step(training: Training, number: int, *, skip: bool = False) -> tuple[Record
         _refuse(training, number, f"the gradient norm is {norm}", indices)
     seconds, tokens = clock.seconds(), rows.tokens(indices)
     training.watchdog.step_took(seconds)
-    if not skip:
-        training.reporter.row_losses((number - 1) * training.order.batch_size, losses)
     record = {
         "kind": "train",
         "time": time.time(),
@@ -222,6 +222,7 @@ def step(training: Training, number: int, *, skip: bool = False) -> tuple[Record
         "accumulation": len(micro_batches),
         "sample_digest": sample_digest(rows.ids[indices].tolist()),
     }
+    training.saving.look(everywhere=written)  # not in the step's time: a save says itself how long it took
     return {**record, "skipped": True} if skip else record, orders
 
 
@@ -236,7 +237,7 @@ class _Clock:
         return time.perf_counter() - self.began
 
 
-def _exchange(training: Training, mine: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], int, Orders]:
+def _exchange(training: Training, mine: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], int, bool, Orders]:
     """The one exchange of numbers in a step.
 
     Args:
@@ -244,7 +245,8 @@ def _exchange(training: Training, mine: npt.NDArray[np.float64]) -> tuple[npt.ND
         mine: Loss sums of the step's rows, (rows,), 0 where another rank has the row.
 
     Returns:
-        Every row's loss sum, (rows,); the most memory of any rank, in bytes; and what rank 0 was asked to do.
+        Every row's loss sum, (rows,); the most memory of any rank, in bytes; whether every rank has written its part
+        of a save; and what rank 0 was asked to do.
     """
     engine, size = training.engine, training.engine.world.size
     memory = [0.0] * size
@@ -253,8 +255,7 @@ def _exchange(training: Training, mine: npt.NDArray[np.float64]) -> tuple[npt.ND
     written = float(training.saving.written)
     sums = engine.sum_over_ranks([*mine.tolist(), *memory, written, *asked])
     losses, rest = np.array(sums[: len(mine)]), sums[len(mine) :]
-    training.saving.look(everywhere=rest[size] == size)
-    return losses, int(max(rest[:size])), Orders.decoded(rest[size + 1 :])
+    return losses, int(max(rest[:size])), rest[size] == size, Orders.decoded(rest[size + 1 :])
 
 
 def _row_losses(

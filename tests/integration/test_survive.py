@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from distft.orchestrate.cluster import MARKET
 from distft.orchestrate.places import Place, read_places
 from distft.runs import Run, read_json, read_lines, training_curve
 from tests.distributed import tiny
@@ -62,10 +63,10 @@ class Cluster:
         self.ray = RayCluster(initialize_head=True, head_node_args=head)
         self.others: list[Any] = []
 
-    def resize(self, nodes: int) -> None:
+    def resize(self, nodes: int, **labels: str) -> None:
         """Adds nodes, or takes the last ones away without a word."""
         while len(self.others) + 1 < nodes:
-            self.others.append(self.ray.add_node(num_cpus=1))
+            self.others.append(self.ray.add_node(num_cpus=1, labels=labels))
         while len(self.others) + 1 > nodes:
             self.ray.remove_node(self.others.pop(), allow_graceful=False)
 
@@ -275,12 +276,17 @@ def test_sigterm(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None
 
 @pytest.mark.slow
 def test_a_drain_notice(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
-    """The node that hosts a rank goes: a checkpoint at once, one just before, and on with what is left."""
+    """The node that hosts a rank goes: a checkpoint at once, one just before, and on with what is left.
+
+    It is marked as one that may go, so rank 0 is on the other.
+    """
     stage, step = stage_of(draw), draw.randrange(25, 100)
-    cluster.resize(2)
+    cluster.resize(1)
+    cluster.resize(2, **{MARKET: "spot"})
     settings = [f"zero.stage={stage}", "cluster.workers={min: 1, max: 2}", "cluster.max_failures=0"]
     survivor = Survivor(tiny_home, "preempted", *settings)
     survivor.wait_for_step(step)
+    assert [place.node == cluster.others[-1].node_id for place in survivor.places()] == [False, True]
     cluster.drain(8)
     noticed = time.time()
     survivor.wait_for_event("preempted", 30)

@@ -12,7 +12,7 @@ from typing import Any
 import boto3
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
@@ -237,6 +237,7 @@ def test_what_lies_beside_the_checkpoints_counts_and_stays(folder: Folder) -> No
     assert (folder.root / "notes.txt").exists()
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 100), min_size=1, max_size=12),
     incoming=st.integers(1, 10_000),

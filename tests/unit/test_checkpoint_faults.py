@@ -21,7 +21,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from distft.checkpoint import Checkpoint, Folder, Saver, Shards, State, complete, newest_sound
-from distft.engine import PlainEngine, Settings
+from distft.engine import Settings
+from distft.engine.plain import PlainEngine
 from distft.errors import CapacityError
 from distft.model import LossModel
 from tests.unit.tiny_models import CONFIGS
@@ -36,7 +37,7 @@ FOREVER = 10**12
 
 def engine() -> PlainEngine:
     torch.manual_seed(0)
-    return PlainEngine(LossModel(LlamaForCausalLM(CONFIGS["llama"]())), Settings())  # type: ignore[arg-type]
+    return PlainEngine(LossModel(LlamaForCausalLM(CONFIGS["llama"]())), Settings())
 
 
 def save_forever(folder: Path, budget_bytes: int, said: Connection) -> None:
@@ -106,7 +107,7 @@ def test_invariant_7_whenever_a_save_is_killed_the_newest_is_whole(tmp_path: Pat
 
 @contextlib.contextmanager
 def disk_of(folder: Path, size: int) -> Iterator[Path]:
-    """A small disk of its own where mounting is allowed; otherwise no file may be larger than it has room for."""
+    """A small disk of its own; the test is skipped where nothing may be mounted."""
     folder.mkdir()
     options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() == 0 and subprocess.run(options, capture_output=True, check=False).returncode == 0:

@@ -94,11 +94,9 @@ def test_a_setting_mends_what_the_file_has_wrong(tmp_path: Path):
 
 
 def test_workers_become_elastic_bound_by_bound():
-    (line,) = refused("cluster.workers.min=2", "cluster.workers.max=4")
-    assert "not built yet (elastic workers)" in line
+    assert load("cluster.workers.min=2", "cluster.workers.max=4").cluster.workers == Bounds(min=2, max=4)
     (line,) = refused("cluster.workers.min=2")
     assert "cluster.workers.max: missing" in line
-    assert Bounds(min=2, max=4).max == 4
 
 
 def test_what_a_search_varies_is_one_key_with_dots():

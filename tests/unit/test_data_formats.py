@@ -321,3 +321,47 @@ def test_optional_columns_may_be_absent(tmp_path: Path) -> None:
     table.write_text("text\nx\n")
     assert [record.text for record in records(table, columns)] == [("x", "")]
     assert "no column 'other'" in refused(table, "text\nx\n", replace(columns, group="other"))
+
+
+FEATURES = {
+    "text": {"dtype": "string", "_type": "Value"},
+    "label": {"names": ["neg", "pos"], "_type": "ClassLabel"},
+    "by": {"names": ["press", "people"], "_type": "ClassLabel"},
+    "spans": {"feature": {"names": ["B", "I"], "_type": "ClassLabel"}, "_type": "Sequence"},
+}
+
+
+def with_features(features: object, labels: list[int | None]) -> pa.Table:
+    """A table as ``datasets.Dataset.to_parquet`` and ``save_to_disk`` write it."""
+    count = len(labels)
+    table = pa.table({"text": ["a text"] * count, "label": labels, "by": [1] * count, "spans": [[0, 1]] * count})
+    return table.replace_schema_metadata({b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+
+
+def write_stream(table: pa.Table, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.parquet", pq.write_table), ("a.arrow", write_stream)])
+def test_classes_of_a_data_set_have_their_names(name: str, write: Callable[..., None], tmp_path: Path) -> None:
+    path, columns = tmp_path / name, Columns((Column("text"), Column("label", "label")), group="by")
+    write(with_features(FEATURES, [1, 0, None, -1, 1]), path)
+    ((piece,),) = plan_units([Source(path, name)], lines=False)
+    records = list(read(piece, columns))
+    assert [record.text[1] for record in records] == ["pos", "neg", None, None, "pos"]
+    assert [record.is_empty for record in records] == [False, False, True, True, False]
+    assert {record.group for record in records} == {'"people"'}
+    write(with_features(FEATURES, [0, 2]), path)
+    ((piece,),) = plan_units([Source(path, name)], lines=False)
+    with pytest.raises(DataError, match="'label' holds 2, and the file names 2 classes: neg, pos") as caught:
+        list(read(piece, columns))
+    assert caught.value.where == f"{name}, row 2"
+
+
+@pytest.mark.parametrize("features", [{}, [], None, {"label": {"_type": "ClassLabel"}}, {"label": {"dtype": "int64"}}])
+def test_numbers_that_no_features_name_stay_numbers(features: object, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(with_features(features, [1, 0]), path)
+    ((piece,),) = plan_units([Source(path, "a")], lines=False)
+    assert [record.text for record in read(piece, Columns((Column("label", "label"),)))] == [("1",), ("0",)]

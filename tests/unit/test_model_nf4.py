@@ -62,8 +62,7 @@ def test_packed_and_plain_compute_the_same(name: str, dtype: torch.dtype, tmp_pa
         if key.removesuffix(".weight") in rounded:
             stored = packed.get_parameter(key)
             assert (stored.dtype, stored.numel()) == (torch.uint8, weight.numel() // 2)
-            block = 64 // min(64, weight.shape[-1]) * weight.abs().max()
-            assert 0 < (plain.get_parameter(key) - weight).abs().max() < 0.2 * block
+            assert 0 < (plain.get_parameter(key) - weight).abs().max() < 0.2 * weight.abs().max()
         else:
             assert torch.equal(packed.get_parameter(key), weight)
             assert torch.equal(plain.get_parameter(key), weight)
@@ -80,7 +79,7 @@ def test_the_adapter_alone_is_trained_over_it(name: str, dora: bool, tmp_path: P
     trained = {name for name, one in packed.named_parameters() if one.requires_grad}
     assert trained == {name for name, one in packed.named_parameters() if "lora_" in name}
     gradients = [
-        dict((key, one.grad) for key, one in model.named_parameters() if key in trained) for model in (packed, plain)
+        {key: one.grad for key, one in model.named_parameters() if key in trained} for model in (packed, plain)
     ]
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-5, atol=1e-6)

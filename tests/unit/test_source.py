@@ -256,3 +256,50 @@ def test_many_at_once_get_the_same_whole_file(index: Path, tmp_path: Path) -> No
 )
 def test_glob_matches(pattern: str, name: str, matches: bool) -> None:
     assert source.glob_matches(pattern, name) is matches
+
+
+SPLIT_FOLDERS = {
+    ("train/a.jsonl", "train/b.jsonl", "validation/a.jsonl", "test/a.jsonl"): (
+        "{train: data/train, validation: data/validation, test: data/test}",
+        "data.source: data/train draws",
+    ),
+    ("rows/train-0.csv", "rows/train-1.csv", "rows/test-0.csv"): (
+        "{train: data/rows/*train*.csv, validation: ..., test: data/rows/test-0.csv}",
+        "data.source: data/rows/*train*.csv draws",
+    ),
+    ("my_training.txt", "dev.txt"): ("{train: data/my_training.txt, validation: data/dev.txt, test: ...}",),
+    ("en/train/a.txt", "de/train/a.txt", "de/test/a.txt"): (
+        "train: data/**/train/**/*.txt, validation: ..., test: data/de/test",
+    ),
+}
+
+
+@pytest.mark.parametrize("names", SPLIT_FOLDERS)
+def test_a_folder_of_several_splits_is_refused_with_what_to_write(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("{}")
+    with pytest.raises(DataError, match="files of several splits lie in it") as caught:
+        source.files("data/", tmp_path)
+    assert caught.value.where == "data/"
+    for part in SPLIT_FOLDERS[names]:
+        assert part in str(caught.value.fix)
+    suffix = Path(names[0]).suffix
+    assert f"a glob, data/**/*{suffix}, takes all" in str(caught.value.fix)
+    assert len(source.files(f"data/**/*{suffix}", tmp_path)) == len(names)
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, "{}")
+    with pytest.raises(DataError, match=r"unpack it; data\.source: {train: \S*/rows/"):
+        source.files("rows.zip", tmp_path)
+
+
+def test_folders_of_one_split_and_names_that_only_sound_like_one_are_read(tmp_path: Path) -> None:
+    names = ["train/a.txt", "train/b.txt", "contest.txt", "latest/trains.txt", "valuation.txt"]
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("x")
+    assert len(source.files("data", tmp_path)) == len(names)
+    (tmp_path / "data/test").mkdir()
+    (tmp_path / "data/test/a.txt").write_text("x")
+    assert len(source.files("data/train", tmp_path)) == 2

@@ -241,6 +241,26 @@ def test_the_card_tells_what_the_template_adds_and_what_was_cut(tmp_path: Path) 
     assert "You are a helpful AI assistant" in describe(card)
 
 
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("name", "taught"), [("qwen3", False), ("llama3", True)])
+def test_the_card_counts_conversations_that_learn_their_last_answer_only(
+    name: str, taught: bool, tmp_path: Path
+) -> None:
+    single, double = ONE, [*ONE, {"role": "user", "content": "So?"}, {"role": "assistant", "content": "No."}]
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, *(double if n % 3 == 0 else single)[1:]]} for n in range(30)
+    ]
+    card = Prepared.open(prepare(*job(tmp_path, name, rows))).card
+    listed = [{"source": "rows.jsonl", "row": n + 1} for n in range(0, 15, 3)]
+    expected = {"documents": 10, "answers": 10, "listed": listed}
+    assert card["unlearnt"] == ({"documents": 0, "answers": 0, "listed": []} if taught else expected)
+    line = (
+        "last answer only: 10 conversations, because the template rewrites earlier turns (10 answers are not learnt): "
+        "rows.jsonl row 1, rows.jsonl row 4, rows.jsonl row 7, ..."
+    )
+    assert (line in describe(card)) is not taught
+
+
 def test_a_template_that_writes_the_beginning_of_text_gets_no_second_one() -> None:
     from tokenizers import processors
 

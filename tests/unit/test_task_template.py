@@ -211,6 +211,14 @@ def test_a_template_that_rewrites_earlier_answers_is_reported() -> None:
     assert "targets" not in task_for(model("phi3"), preset="chat").facts
 
 
+@pytest.mark.parametrize(("name", "shown"), [("qwen3", [0, 1, 1]), ("phi3", [0, 0, 0])])
+def test_answers_that_are_not_learnt_are_counted(name: str, shown: list[int]) -> None:
+    task = task_for(model(name), preset="chat")
+    examples = task.encode([(json.dumps(messages),) for messages in (ONE, TWO, SYSTEM)])
+    assert [example.unlearnt for example in examples] == shown
+    assert [one.unlearnt for one in task_for(model(name), prompt="{a}", response="{b}").encode([("Hi", "Yes")])] == [0]
+
+
 def test_roles_that_a_template_leaves_out_are_reported() -> None:
     assert task_for(model("zephyr"), preset="chat").facts["leaves_out"] == ["tool"]
     assert "leaves_out" not in task_for(model("smollm2"), preset="chat").facts

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from distft.checkpoint import Checkpoint, Shards, State, Storage, sound, withdraw_after
 from distft.config import Job
 from distft.engine import Engine
-from distft.errors import CheckpointError, JobError
+from distft.errors import CheckpointError, DistftError, JobError
 from distft.model import Batch
 from distft.train.progress import Progress
 
@@ -69,7 +69,9 @@ def restore(
     """
     found = sound(storage, key) if engine.world.is_main else iter(())
     problems: list[str] = []
-    while (one := engine.broadcast(next(found, None))) is not None:
+    while (one := engine.broadcast(_next(found))) is not None:
+        if isinstance(one, DistftError):
+            raise one
         if not resume:
             raise JobError(
                 "the run has checkpoints already", where=str(storage), fix="go on with --resume, or take another --name"
@@ -88,6 +90,16 @@ def restore(
     if problems:
         raise CheckpointError("; ".join(problems), fix="no other checkpoint is left: start again with another --name")
     return None, []
+
+
+def _next(found: Iterator[Checkpoint | str]) -> Checkpoint | str | DistftError | None:
+    """What comes next; an error is a value here, since rank 0 alone looks, and all ranks must hear of it."""
+    try:
+        return next(found, None)
+    except DistftError as error:
+        return error
+    except OSError as error:
+        return CheckpointError(f"the checkpoints cannot be read: {error}")
 
 
 def _taken_up(engine: Engine, checkpoint: Checkpoint, probe: Callable[[], float | None]) -> str | None:

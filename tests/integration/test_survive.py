@@ -27,7 +27,7 @@ from tests.distributed import tiny
 from tests.integration.conftest import Home
 from tests.support import start_ranks, wait_for_ranks
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
 STEPS = 200
 JOB = f"""\
@@ -127,7 +127,7 @@ class Survivor:
         steps = [line["step"] for line in read_lines(self.run.metrics) if line["kind"] == "train"]
         return steps[-1] if steps else 0
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, f"it ended before {what}\n{self.process.communicate()}"
@@ -137,7 +137,7 @@ class Survivor:
     def wait_for_step(self, step: int) -> None:
         self.wait(lambda: self.step >= step, f"step {step}")
 
-    def wait_for_event(self, name: str, seconds: float = 240) -> None:
+    def wait_for_event(self, name: str, seconds: float = 600) -> None:
         self.wait(lambda: name in [one["event"] for one in self.events()], name, seconds)
 
     def events(self) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ class Survivor:
         newest = max(read_json(path)["attempt"] for path in self.run.logs.glob("rank-*.json"))
         return read_places(self.run, newest)
 
-    def end(self, status: int = 0, seconds: float = 300) -> str:
+    def end(self, status: int = 0, seconds: float = 600) -> str:
         output, errors = self.process.communicate(timeout=seconds)
         assert self.process.returncode == status, f"{output}\n{errors}\n{self.events()}"
         assert "Traceback" not in errors
@@ -366,7 +366,7 @@ def test_a_bug_of_the_user(tiny_home: Home, cluster: Cluster, draw: random.Rando
     path.write_text(json.dumps(config))
     settings = [f"zero.stage={stage_of(draw)}", "model.source=./buggy", "model.trust_remote_code=true"]
     survivor = Survivor(tiny_home, "bug", *settings, "cluster.max_failures=10", "checkpoint.every.steps=1")
-    output, errors = survivor.process.communicate(timeout=240)
+    output, errors = survivor.process.communicate(timeout=600)
     assert survivor.process.returncode == 5, output + errors
     assert errors.count("this text is unlucky") == 1
     assert f"the same error twice after step {survivor.step:,}" in errors

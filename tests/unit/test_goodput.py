@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.ledger.goodput import BEGINNINGS, PARTS, goodput
 
 SECONDS = st.floats(0.0, 30.0)
-STEPS = 12
+STEPS = 9
 
 
 @dataclass
@@ -106,6 +106,7 @@ def run(data: st.DataObject) -> History:
     return history
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_each_part_is_what_the_time_went_to(data: st.DataObject) -> None:
     history = run(data)

@@ -155,6 +155,7 @@ def _past(training: Training, progress: Progress, problem: NonFiniteLoss) -> Pro
         NonFiniteLoss: The job wants none of it, or too many steps were left out already.
     """
     bad = progress.step + 1
+    training.saving.settle()  # what was saved before it is good
     if training.non_finite == "stop" or len(progress.skipped_steps) >= SKIPPED_STEPS:
         raise problem
     training.engine.step(0.0)  # its gradients must not meet those of the next

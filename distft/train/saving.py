@@ -42,7 +42,7 @@ class Saving:
 
     def begin(self, progress: Progress) -> None:
         """Copies the state, and has it written beside the next steps."""
-        self._settle()
+        self.settle()
         try:
             self._copy(progress)
         except (CapacityError, CheckpointError) as error:
@@ -51,7 +51,7 @@ class Saving:
     def look(self, *, everywhere: bool) -> None:
         """Commits the save under way once every rank has written its part."""
         if self._saver.pending and everywhere:
-            self._settle()
+            self.settle()
 
     def save(self, progress: Progress) -> None:
         """Saves, and waits for it.
@@ -60,7 +60,7 @@ class Saving:
             CapacityError: The budget or the disk cannot hold it.
             CheckpointError: It cannot be written for another reason.
         """
-        self._settle()
+        self.settle()
         self._copy(progress)
         self._commit()
 
@@ -70,7 +70,7 @@ class Saving:
         self._saver.begin(replace(self._state, **saved, probe_loss=self._probe()))
         self._blocking_seconds = time.perf_counter() - self._began
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Ends the save under way, waiting for what is not written yet."""
         if self._saver.pending:
             try:

@@ -55,13 +55,15 @@ def plan_of(job: Job, run: Run) -> Plan:
     Raises:
         DataError: The prepared data is gone from the cache, or damaged.
     """
-    return Plan.of(job, Prepared.open(_prepared(run)))
+    return Plan.of(job, Prepared.open(_prepared(job, run)))
 
 
-def _prepared(run: Run) -> Path:
+def _prepared(job: Job, run: Run) -> Path:
     """The folder in the cache whose rows have the run's fingerprint."""
     cache = cache_folder() / "prepared"
-    again = f"make it again: distft prepare {run.job}; or name the cache that it is in: DISTFT_CACHE=DIR"
+    again = (
+        f"make it again from the job's file in {job.folder}: distft prepare JOB; or name its cache: DISTFT_CACHE=DIR"
+    )
     if not run.card.exists():
         raise DataError("the run has no data card: it ended before its data was ready", where=str(run.card))
     fingerprint = read_json(run.card)["fingerprint"]

@@ -226,7 +226,7 @@ def test_prepared_data_that_is_gone_can_be_made_again(
     monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "elsewhere"))
     with pytest.raises(DataError, match="no longer in the cache") as caught:
         plan(run)
-    assert f"distft prepare {run.job}" in str(caught.value)
+    assert f"from the job's file in {job_of(run).folder}: distft prepare JOB" in str(caught.value)
 
 
 def test_on_the_command_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

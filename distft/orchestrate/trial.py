@@ -17,7 +17,7 @@ from distft.runs import Run
 STEPS, BATCH_SIZE = 20, 7
 #: (rows of the source, tokens of a row) that are tried, from small to the job's own: few and short ones may hold
 #: one label only, or prompts that leave no room for an answer.
-SIZES: tuple[tuple[int | None, int | None], ...] = ((300, 96), (3000, 512), (None, None))
+SIZES: tuple[tuple[int | None, int | None], ...] = ((300, 64), (3000, 512), (None, None))
 #: Where a run is killed, and from which checkpoint it goes on.
 KILLED_AFTER, CHECKPOINT_EVERY = 13, 5
 
@@ -176,12 +176,10 @@ def _train(trial: Trial, name: str, job: Job, reporter: Any = None) -> None:
 
 
 def train_reference(trial: Trial) -> None:
-    """Trains by the plain engine in fp64, row by row and without the training loop, with packing and without."""
-    for packing in (True, False):
-        _train_plainly(trial, packing)
+    """Trains by the plain engine in fp64, row by row and without the training loop.
 
-
-def _train_plainly(trial: Trial, packing: bool) -> None:
+    Rank 0 trains with packing and rank 1 without, neither knowing of the other.
+    """
     import torch
 
     from distft import engine as engines
@@ -192,11 +190,13 @@ def _train_plainly(trial: Trial, packing: bool) -> None:
     from distft.train.schedule import learning_rate
     from distft.world import World
 
+    packing = World.from_environment().is_main
     job, prepared = trial.job, Prepared.open(trial.prepared[packing])
     plan, run = Plan.of(job, prepared), trial.reference(packing)
     pad = pad_id(load_tokenizer(trial.model, trust_remote_code=job.model.trust_remote_code))
     model = LossModel(
-        training_model(job, trial.model, torch.float64, prepared.labels, pad),
+        # In fp32, the engine's to cast: fresh weights of a head or an adapter are drawn differently in fp64.
+        training_model(job, trial.model, torch.float32, prepared.labels, pad, packed=False),
         class_weights=class_weights(job, prepared.labels, prepared.card),
     )
     settings = engines.Settings(

@@ -254,6 +254,50 @@ def verify(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None:
         raise RunError("\n  ".join(["an invariant fails", *proof.problems]), where=str(job))
 
 
+@app.command()
+def chaos(
+    job: JobFile,
+    kills: Annotated[int, typer.Option(metavar="N", min=1, help="How many faults.")] = 3,
+    set_: Overrides = None,
+    seed: Annotated[int | None, typer.Option(help="What the faults are drawn from [default: drawn].")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's name [default: the job's with -chaos].")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Run the job undisturbed too, and compare the losses.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Also on a cluster that the job names.")] = False,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Run the job while killing its workers, nodes and driver; tell what each cost and that nothing was lost."""
+    from distft.cli.proofs import chaos_lines, chaos_table, console, goodput_table
+    from distft.orchestrate.chaos import chaos as disturb
+    from distft.orchestrate.listener import SILENT
+
+    _load(job, set_)
+    with _view() as view:
+        report = disturb(
+            job,
+            set_ or [],
+            runs=_runs(runs),
+            kills=kills,
+            name=name,
+            seed=seed,
+            reference=reference,
+            yes=yes,
+            listener=SILENT if as_json else view,
+        )
+    if as_json:
+        _print_json(report.as_json())
+    else:
+        out = console()
+        out.print(chaos_table(report))
+        out.print(goodput_table(report.goodput))
+        for line in chaos_lines(report):
+            out.print(line, markup=False)
+    if report.problems:
+        raise RunError("\n  ".join(["not everything survived", *report.problems]), where=report.run)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line; errors go to standard error as one clear message, with the contract's exit status."""
     quieten_libraries()

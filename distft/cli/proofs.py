@@ -1,4 +1,4 @@
-"""What ``audit``, ``blame`` and ``verify`` found, as tables and one clear verdict for a person."""
+"""What ``audit``, ``blame``, ``verify`` and ``chaos`` found, as tables and one clear verdict for a person."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from distft.ledger.audit import Audit, Disagreement
     from distft.ledger.blame import Blame
+    from distft.ledger.goodput import Goodput
+    from distft.orchestrate.chaos import Report
     from distft.orchestrate.verify import Proof
 
 #: The most steps and rows that a message names.
@@ -139,6 +141,38 @@ def verify_lines(proof: Proof) -> Iterator[str]:
             f"All invariants hold: the same rows in the same order, errors up to {worst:.1e}, "
             "nothing lost or done otherwise through a kill."
         )
+
+
+def chaos_table(report: Report) -> Table:
+    """One line a fault: what it cost."""
+    table = _table("step", "steps lost", "seconds")
+    table.add_column("what was done", overflow="fold")
+    for one in report.struck:
+        seconds = "never" if one.seconds is None else f"{one.seconds:.1f}"
+        table.add_row(f"{one.step:,}", f"{one.steps_lost:,}", seconds, Text(one.what))
+    return table
+
+
+def goodput_table(goodput: Goodput) -> Table:
+    """One line a part of the wall time."""
+    table = _table("seconds", "share")
+    table.add_column("spent on")
+    for name, seconds in goodput.parts.items():
+        share = seconds / goodput.wall if goodput.wall else 0.0
+        table.add_row(f"{seconds:.1f}", f"{share:.1%}", name.replace("_", " "))
+    return table
+
+
+def chaos_lines(report: Report) -> Iterator[str]:
+    """What was not done, and the verdict."""
+    for what in report.left_out:
+        yield f"Not done: {what}"
+    yield f"Goodput {report.goodput.share:.1%} of {report.goodput.wall:.0f} s; seed {report.seed}; {report.run}"
+    if report.comparison is not None:
+        bound = f"up to {report.comparison.bound:.0e} allowed" if report.comparison.bound else "none allowed"
+        yield f"Largest relative difference from the undisturbed run: {report.comparison.difference:.1e} ({bound})"
+    if not report.problems:
+        yield f"Survived {len(report.struck)} faults: every row used once, in the planned order."
 
 
 def _table(*columns: str) -> Table:

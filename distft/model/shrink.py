@@ -76,6 +76,7 @@ def small(config: PretrainedConfig) -> dict[str, Any]:
         "intermediate_size": INTERMEDIATE,
         "n_inner": None,
         "ffn_dim": INTERMEDIATE,
+        "ffn_hidden_size": INTERMEDIATE,
         "moe_intermediate_size": INTERMEDIATE,
         "word_embed_proj_dim": HIDDEN,
         "rotary_dim": HEAD_DIM,

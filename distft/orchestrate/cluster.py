@@ -28,6 +28,9 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 # One process less to start for each group of workers: the driver asks for draining nodes itself, where it also sees
 # them while no group runs, and Ray's watcher would end the group at the deadline instead of just before it.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+# Ray Train's controller runs in the driver (see .trainer); what it says goes to the run's logs and not to the terminal.
+os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
 # Workers are asked for only where there is room; what then does not start went away in between.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 # For a cluster that is started here, see above.

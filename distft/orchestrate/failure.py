@@ -27,11 +27,8 @@ def failure_of(error: BaseException) -> Failure:
 
     One cause is picked where ranks say different things: a rank that is gone makes the others fail too.
     """
-    from ray.exceptions import RayActorError
     from ray.train.v2.api.exceptions import ControllerError
 
-    if isinstance(error, RayActorError):
-        return Failure("lost", f"Ray Train's controller died: {_last_line(str(error))}")
     if isinstance(error, ControllerError):
         inner = error.controller_failure
         kind: Kind = "start_timeout" if "Startup" in type(inner).__name__ else "error"

@@ -6,8 +6,10 @@ Checkpoints are ours, so Ray's snapshot of a run is never read: each group has a
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,22 @@ def _log_to(path: Path) -> None:
     os.close(file)
 
 
+@contextlib.contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    """Sends what Ray Train says of a group of workers to a file; a person is told by the run's events."""
+    logger = logging.getLogger("ray.train")
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+        handler.close()
+
+
 def fit(
     assignment: Assignment,
     workers: int,
@@ -94,7 +112,6 @@ def fit(
     Raises:
         DistftError: What the workers agreed to stop for.
     """
-    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -119,8 +136,9 @@ def fit(
         ),
     )
     try:
-        outcome = trainer.fit().return_value
-    except (TrainingFailedError, RayActorError) as error:
+        with _logged_to(run.logs / "ray-train.log"):
+            outcome = trainer.fit().return_value
+    except TrainingFailedError as error:
         return failure_of(error)
     if isinstance(outcome, DistftError):
         raise outcome

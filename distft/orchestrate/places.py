@@ -80,24 +80,32 @@ def states(places: Sequence[Place], *, kill: bool = False) -> dict[int, str]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remote = ray.remote(num_cpus=0, max_retries=0)(_states)
-    nodes = {place.node for place in places}
-    refs = {}
-    for node in nodes:
-        mine = [place for place in places if place.node == node]
-        pinned = remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-        refs[pinned.remote([(place.pid, place.started) for place in mine], kill)] = mine
-    answered, _ = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_SECONDS) if refs else ([], [])
+    here = ray.get_runtime_context().get_node_id()
     known = {place.rank: "unknown" for place in places}
+    refs = {}
+    for node in {place.node for place in places}:
+        mine = [place for place in places if place.node == node]
+        processes = [(place.pid, place.started) for place in mine]
+        if node == here:  # a task would be one more process to start
+            known |= _by_rank(mine, _states(processes, kill))
+            continue
+        pinned = remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        refs[pinned.remote(processes, kill)] = mine
+    answered, _ = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_SECONDS) if refs else ([], [])
     for ref in answered:
         with contextlib.suppress(ray.exceptions.RayError):  # the node went while it was asked
-            known |= {place.rank: state for place, state in zip(refs[ref], ray.get(ref), strict=True)}
+            known |= _by_rank(refs[ref], ray.get(ref))
     return known
+
+
+def _by_rank(places: Sequence[Place], states: Sequence[str]) -> dict[int, str]:
+    return {place.rank: state for place, state in zip(places, states, strict=True)}
 
 
 def clear(places: Sequence[Place]) -> None:
     """Makes sure that nothing is left of a group of workers: no process that could still write, no resources held.
 
-    Ray Train ends its workers itself, unless its controller died first.
+    Ray Train ends its workers itself, as far as it can reach them.
     """
     import ray
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group

@@ -5,12 +5,17 @@ Both classes can go when Ray Train has settings for them; neither changes what i
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import ray
+from ray.train import Result
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 
 class _Backend(_TorchBackend):  # type: ignore[misc]  # Ray's types are not read
@@ -30,9 +35,37 @@ class Torch(TorchConfig):  # type: ignore[misc]
         return _Backend
 
 
-#: What starts a process for each group of workers that we have no use for: we pass no Ray datasets, and should Ray
-#: Train's controller die, :mod:`.places` removes the placement group (Ray's cleaner asks the state API for that, which
-#: a cluster without a dashboard does not have, each time for seconds).
+class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
+    """Workers whose environment is the job's own, so that Ray gives them processes that it has started already."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        return custom_runtime_env
+
+    def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, train_context_args: Any) -> None:
+        """As in Ray Train, but for ``controller_actor``: there is none, and only reports would ask it."""
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[rank] for name, values in train_context_args.items()},
+                )
+                for rank, worker in enumerate(workers)
+            ]
+        )
+
+
+class _Controller(TrainController):  # type: ignore[misc]
+    worker_group_cls = _WorkerGroup
+
+
+#: What starts a process for each group of workers that we have no use for: we pass no Ray datasets, and when the driver
+#: dies, its placement groups go with it.
 _UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
@@ -41,3 +74,9 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         return [one for one in super()._create_default_callbacks() if not isinstance(one, _UNUSED)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        """Runs Ray Train's controller here, in the driver: as an actor it is one more process that imports torch."""
+        controller = _Controller(**arguments)
+        asyncio.run(controller.run())
+        return controller.get_result()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from tests.support import ROOT
 
 
 class Home:
-    """A folder with a tiny model and a corpus, and a Ray cluster to run jobs on."""
+    """A folder with a tiny model and a corpus, and a Ray cluster to run jobs on; ``on`` is what precedes a command."""
 
-    def __init__(self, folder: Path, address: str) -> None:
+    def __init__(self, folder: Path, address: str, on: Sequence[str] = ()) -> None:
         self.folder = folder
         self.address = address
+        self.on = on
         self.environment = {
             **os.environ,
             "DISTFT_CACHE": str(folder / "cache"),
@@ -31,7 +32,7 @@ class Home:
         }
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "distft", *words]
+        command = [*self.on, sys.executable, "-m", "distft", *words]
         if words[0] in ("run", "train", "prepare"):
             command += ["--set", f"cluster.address={self.address}"]
         return subprocess.Popen(

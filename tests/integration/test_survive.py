@@ -151,6 +151,14 @@ class Survivor:
         newest = max(read_json(path)["attempt"] for path in self.run.logs.glob("rank-*.json"))
         return read_places(self.run, newest)
 
+    def grow(self, cluster: Cluster, nodes: int) -> None:
+        """Adds nodes; the only rank stands still until they are seen, since the tiny model would be done before."""
+        (place,) = self.places()
+        os.kill(place.pid, signal.SIGSTOP)
+        cluster.resize(nodes)
+        self.wait(self.run.stop_request.exists, "the request to grow")
+        os.kill(place.pid, signal.SIGCONT)
+
     def end(self, status: int = 0, seconds: float = 600) -> str:
         output, errors = self.process.communicate(timeout=seconds)
         assert self.process.returncode == status, f"{output}\n{errors}\n{self.events()}"
@@ -172,7 +180,7 @@ def reference(home: Home, stage: int) -> list[dict[str, Any]]:
 
 
 def check_curve(home: Home, survivor: Survivor, stage: int, *, exact: bool) -> None:
-    """Each step is there once, of the same rows, with the same loss as in the run that nobody touched."""
+    """Each step stands once, of the same rows, with the same loss as in the run that nobody touched."""
     expected, curve = reference(home, stage), training_curve(survivor.run.metrics)
     assert [line["step"] for line in curve] == list(range(1, STEPS + 1))
     assert [line["sample_digest"] for line in curve] == [line["sample_digest"] for line in expected]
@@ -182,6 +190,9 @@ def check_curve(home: Home, survivor: Survivor, stage: int, *, exact: bool) -> N
                 assert ours[name] == theirs[name], (ours["step"], name)
             else:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (ours["step"], name)
+    audited = json.loads(home.distft("audit", survivor.run.name, "--json")[0])  # every row once an epoch
+    assert audited["sound"], audited
+    assert audited["losses_checked"] == STEPS
 
 
 def seconds_to_go_on(survivor: Survivor, since: float) -> float:
@@ -221,7 +232,7 @@ def test_a_node_goes_and_another_comes(tiny_home: Home, cluster: Cluster, draw: 
     cluster.resize(1)
     gone = time.time()
     survivor.wait_for_event("resize")
-    cluster.resize(2)
+    survivor.grow(cluster, 2)
     survivor.end()
     print(f"on again after {seconds_to_go_on(survivor, gone):.1f} s")
     sizes = [line["world_size"] for line in training_curve(survivor.run.metrics)]
@@ -235,7 +246,7 @@ def test_one_worker_becomes_three(tiny_home: Home, cluster: Cluster, draw: rando
     cluster.resize(1)
     survivor = Survivor(tiny_home, "grown", f"zero.stage={stage}", "cluster.workers={min: 1, max: 3}")
     survivor.wait_for_step(draw.randrange(1, 40))
-    cluster.resize(3)
+    survivor.grow(cluster, 3)
     survivor.end()
     sizes = {line["world_size"] for line in training_curve(survivor.run.metrics)}
     assert {1, 3} <= sizes
@@ -272,6 +283,32 @@ def test_sigterm(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None
     again = Survivor(tiny_home, "sigterm", f"zero.stage={stage}", resume=True)
     again.end()
     check_curve(tiny_home, again, stage, exact=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["starting", "standing"])
+def test_ctrl_c_that_no_step_follows(tiny_home: Home, cluster: Cluster, draw: random.Random, when: str) -> None:
+    """The run ends all the same, at the second Ctrl-C where a rank stands still, and nothing of it stays behind."""
+    stage, rank = stage_of(draw), draw.randrange(2)
+    cluster.resize(2)
+    first = Survivor(tiny_home, when, f"zero.stage={stage}")
+    places: list[Place] = []
+    if when == "starting":
+        first.wait((first.run.logs / "ray").exists, "the start of the workers")
+    else:
+        first.wait_for_step(draw.randrange(25, 150))
+        places = first.places()
+        os.kill(places[rank].pid, signal.SIGSTOP)
+        first.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert first.process.poll() is None
+    first.process.send_signal(signal.SIGINT)
+    first.end(status=130, seconds=30)
+    assert read_json(first.run.result)["status"] == "interrupted"
+    again = Survivor(tiny_home, when, f"zero.stage={stage}", resume=True)
+    again.end()
+    check_curve(tiny_home, again, stage, exact=True)
+    assert not any(Path(f"/proc/{place.pid}").exists() for place in places)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from distft.cli import app
 from distft.config import Job
 from distft.config import check as check_files
 from distft.config.addresses import scheme
@@ -117,7 +118,4 @@ def test_the_mistakes_of_the_readme_get_the_messages_of_the_readme(tmp_path: Pat
 
 def test_the_commands_of_the_readme_exist() -> None:
     named = set(re.findall(r"^\| `distft (\w+)", README, re.MULTILINE))
-    assert {"check", "prepare", "run", "train", "evaluate", "export", "generate"} == named
-    for command in sorted(named):
-        ran = subprocess.run([sys.executable, "-m", "distft", command, "--help"], capture_output=True, check=False)
-        assert ran.returncode == 0, command
+    assert named == {command.callback.__name__ for command in app.registered_commands if command.callback}

@@ -32,8 +32,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Unit tests run two at a time; the others start many processes themselves. Both are run, even
+# where the first fail.
 test: lint
-	$(BIN)/pytest -m "not slow"
+	@status=0; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 tests/unit || status=1; \
+	$(BIN)/pytest -m "not slow" --ignore tests/unit || status=1; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

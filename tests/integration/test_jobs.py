@@ -72,6 +72,7 @@ def test_a_job_file_runs_the_whole_way(home: Home, chat_model: Path, job: str) -
         "data.max_tokens": 1024,  # of bytes
         "data.overlong": "split" if job == "lora" else "truncate",
         "data.splits": "{validation: 0, test: 0.2}",  # validation is what test_run.py looks at
+        "cluster.workers": 1,  # several are what test_run.py looks at; each imports for seconds
         "train.steps": 3,
         "evaluate.samples": 4,
         "evaluate.max_new_tokens": 8,

@@ -102,6 +102,11 @@ class Run:
         return self.folder / "stop-requested"
 
     @property
+    def group(self) -> Path:
+        """Which group of workers this run is of now: when that was started, in seconds since the epoch."""
+        return self.logs / "group.json"
+
+    @property
     def key(self) -> Path:
         """What checkpoints are signed with (HMAC): readable by the run's owner alone."""
         return self.folder / "key"

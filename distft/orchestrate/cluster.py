@@ -5,6 +5,13 @@ head: with Ray's defaults five checks of up to 10 s, 3 s apart, so about a minut
 in at most 15 s; one's own does, when its head is started with ``RAY_health_check_timeout_ms=4000
 RAY_health_check_period_ms=1000 RAY_health_check_failure_threshold=3 ray start --head``. A process that ends is noticed
 at once in any case.
+
+A head that is lost ends what runs on its cluster, unless it keeps its tables on a disk and can be started again from
+them, at the same address: ``RAY_gcs_storage=rocksdb RAY_gcs_storage_path=DIR ray start --head``
+(https://docs.ray.io/en/master/core/fault-tolerance/gcs.html). Then training goes on without it, as long as
+driver and workers are on other hosts: ``--num-cpus 0`` keeps workers off the head. Those hosts wait a minute for it, or
+as long as they are told to, ``RAY_gcs_rpc_server_reconnect_timeout_s=600 ray start --address=...``; a driver waits for
+ten minutes.
 """
 
 from __future__ import annotations
@@ -31,8 +38,12 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Ray Train's controller runs in the driver (see .trainer); what it says goes to the run's logs and not to the terminal.
 os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
 os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
+# Ray's functions would start a cluster of their own where there is none, also in a thread that outlives the run.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 # Workers are asked for only where there is room; what then does not start went away in between.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+# For how long a driver outlives the loss of its cluster's head, see above.
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
 # For a cluster that is started here, see above.
 for _name, _value in {"timeout_ms": "4000", "period_ms": "1000", "failure_threshold": "3"}.items():
     os.environ.setdefault(f"RAY_health_check_{_name}", _value)
@@ -191,6 +202,19 @@ def connected(job: Job) -> Iterator[list[Node]]:
         yield live_nodes()
     finally:
         ray.shutdown()
+
+
+def joined() -> str | None:
+    """Which running cluster this process is connected to, for people; None where it was started here."""
+    import ray
+    from ray._private.worker import global_worker
+
+    if global_worker.node is None or global_worker.node.is_head():
+        return None
+    nodes = live_nodes()
+    cpus = sum(node.resources.get("CPU", 0) for node in nodes)
+    count = f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}"
+    return f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}: {count}, {cpus:g} CPU"
 
 
 def _protect_token() -> None:

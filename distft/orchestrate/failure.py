@@ -30,9 +30,7 @@ def failure_of(error: BaseException) -> Failure:
     from ray.train.v2.api.exceptions import ControllerError
 
     if isinstance(error, ControllerError):
-        inner = error.controller_failure
-        kind: Kind = "start_timeout" if "Startup" in type(inner).__name__ else "error"
-        return Failure(kind, _last_line(str(inner)) if kind == "error" else "the workers did not start in time")
+        return _of_start(error.controller_failure)
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
     if not failures:
         return Failure("error", _last_line(str(error)))
@@ -42,11 +40,26 @@ def failure_of(error: BaseException) -> Failure:
     for rank, (other, text) in found.items():
         if other == cause:
             by_text.setdefault(text, []).append(rank)
-    kind = "lost" if cause == "peers_lost" else cause
+    kind: Kind = "lost" if cause == "peers_lost" else cause
     if len(by_text) == 1:
         ((text, ranks),) = by_text.items()
         return Failure(kind, text, tuple(ranks))
     return Failure(kind, "; ".join(f"[rank {', '.join(map(str, who))}] {text}" for text, who in by_text.items()))
+
+
+def _of_start(error: BaseException) -> Failure:
+    """How workers failed that had not begun to train."""
+    from ray.exceptions import RayActorError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    if isinstance(error, WorkerGroupStartupTimeoutError):
+        return Failure("start_timeout", "the workers did not start in time")
+    cause = error.__cause__ or error
+    text = str(cause)
+    if isinstance(cause, RayActorError):
+        return Failure("lost", f"{_death(text)}, while the workers were started")
+    gone = _PEER_GONE.search(text)
+    return Failure("lost", f"workers lost their peers ({gone[0]})") if gone else Failure("error", _last_line(text))
 
 
 #: What became of one rank. Where several things are seen at once, what explains the others comes first.

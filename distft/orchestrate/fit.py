@@ -17,7 +17,7 @@ from typing import Any
 from distft.config import Job
 from distft.errors import DistftError
 from distft.orchestrate.failure import failure_of
-from distft.orchestrate.places import write_place
+from distft.orchestrate.places import group_name, write_place
 from distft.orchestrate.policy import Failure
 from distft.runs import Run
 from distft.train import Attempt, Outcome
@@ -129,7 +129,7 @@ def fit(
         ),
         torch_config=Torch(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
-            name=f"{run.name}-{assignment.attempt.began}",
+            name=group_name(run, assignment.attempt.began or 0.0),
             storage_path=str(run.logs / "ray"),
             # A group that could not start is told like any other: Ray would try for ever.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from distft.runs import Run, read_json, write_json
 
-#: How long a node may take to say how its ranks are; it starts a process for that where none is idle.
-ANSWER_SECONDS = 5.0
+#: How long a node may take to say how its ranks are; it starts a process for that where none is idle, which takes 10 s
+#: on a machine whose cores are all at work. A node that Ray knows to be gone is not waited for.
+ANSWER_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Place:
         started: When that began, in clock ticks since its node booted: a pid alone may be another's by now.
         node: Ray's id of the node.
         host: The node's address.
-        group: Ray's id of the group's placement group.
     """
 
     rank: int
@@ -35,7 +35,6 @@ class Place:
     started: int
     node: str
     host: str
-    group: str
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -53,7 +52,6 @@ def write_place(run: Run, rank: int, attempt: float) -> None:
         _process(os.getpid())[1],
         context.get_node_id(),
         ray.util.get_node_ip_address(),
-        context.get_placement_group_id() or "",
     )
     write_json(run.logs / f"rank-{rank}.json", asdict(place))
 
@@ -102,19 +100,27 @@ def _by_rank(places: Sequence[Place], states: Sequence[str]) -> dict[int, str]:
     return {place.rank: state for place, state in zip(places, states, strict=True)}
 
 
-def clear(places: Sequence[Place]) -> None:
+def group_name(run: Run, attempt: float) -> str:
+    """What Ray knows a group of workers by, and its placement group."""
+    return f"{run.name}-{attempt}"
+
+
+def clear(run: Run, attempt: float) -> None:
     """Makes sure that nothing is left of a group of workers: no process that could still write, no resources held.
 
-    Ray Train ends its workers itself, as far as it can reach them.
+    Ray Train ends its workers itself, as far as it can reach them, but for those that fail while it starts them.
     """
     import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+    from ray._private.state import actors
+    from ray._private.worker import global_worker
+    from ray.util import get_placement_group, remove_placement_group
 
-    states(places, kill=True)
-    for group in {place.group for place in places if place.group}:
-        handle = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group)))
-        if placement_group_table(handle).get("state") not in (None, "REMOVED"):
-            remove_placement_group(handle)
+    states(read_places(run, attempt), kill=True)
+    for actor in actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id())).values():
+        if not actor["IsDetached"] and actor["State"] != "DEAD":  # as ray.kill does, which wants the actor's handle
+            global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor["ActorID"]), True)
+    with contextlib.suppress(ValueError):  # it is gone
+        remove_placement_group(get_placement_group(group_name(run, attempt)))
 
 
 def _states(processes: list[tuple[int, int]], kill: bool) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distft.config import Job
 from distft.errors import Interrupted
-from distft.orchestrate.cluster import Node, check_capacity, connected, worker_resources, workers_of
+from distft.orchestrate.cluster import Node, check_capacity, connected, joined, worker_resources, workers_of
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.signals import interruptible
@@ -77,6 +77,8 @@ def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[
     began = time.monotonic()
     listener.stage("cluster")
     with connected(job) as nodes, interruptible():
+        if where := joined():
+            listener.note(f"  {where}")
         check_capacity(workers_of(job), worker_resources(job, nodes), nodes)
         _check_quantisation(job)
         data = prepare(job, listener)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import TypeVar
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
 
 from distft.config import Job
 from distft.errors import CapacityError, Interrupted, RunError
@@ -20,18 +18,33 @@ from distft.orchestrate.places import clear, read_places, states
 from distft.orchestrate.policy import Failure, GiveUp, HalveMicroBatch, Kind, decide
 from distft.orchestrate.signals import Asked, stopping
 from distft.orchestrate.stall import STACK_SECONDS, StallClock, explain
-from distft.orchestrate.watch import Requests, Watch
-from distft.runs import Run, StopRequest, append_line, event, read_json, read_lines, read_new_lines, update_result
+from distft.orchestrate.watch import Requests, Watch, in_background
+from distft.runs import (
+    Run,
+    StopRequest,
+    append_line,
+    event,
+    read_json,
+    read_lines,
+    read_new_lines,
+    update_result,
+    write_json,
+)
 from distft.train import Attempt, Outcome
 from distft.world import cache_folder
-
-T = TypeVar("T")
 
 #: How long the driver sleeps between two looks at everything.
 LOOK_SECONDS = 0.25
 
 #: How long a run waits for the workers that it needs at least: as long as a cloud may take to bring a node back.
 ROOM_SECONDS = 600.0
+
+#: How long the cluster's head may take to answer before a person is told.
+SILENT_SECONDS = 10.0
+
+#: How long a group of workers may take to end, once it is told to. A run that is broken off leaves Ray next, which
+#: crashes where another thread still uses it.
+ENDING_SECONDS = 20.0
 
 #: How long a run waits for more than it needs at least, where others hold it: until what was just ended has let go.
 SETTLE_SECONDS = 3.0
@@ -89,6 +102,7 @@ class Training:
         self._offset = run.metrics.stat().st_size if run.metrics.exists() else 0
         self._step: int | None = None  # the last one of this group of workers
         self._limit: int | None = None  # rows of a pass that memory holds, once that is known
+        self._head_silent = False
 
     def run(self) -> Outcome:
         """Starts groups of workers until one ends as it should, or it is no use.
@@ -141,6 +155,7 @@ class Training:
         stall = self._job.cluster.stall_seconds
         set_seconds = None if stall == "auto" else stall
         began = time.time()
+        write_json(self._run.group, began)
         attempt = Attempt(self._bounds.max, self._limit, began, set_seconds)
         threads = max(1, int(self._need.get("CPU", 1)))
         data = self._data
@@ -151,25 +166,45 @@ class Training:
         watch = Watch(self._run, began, self._need, workers, self._bounds.max, self._requests)
         clock = StallClock(self._run, set_seconds)
         self._step, stalled = None, None
+        # Ray Train takes Ctrl-C for itself where it has the main thread.
         fitting = in_background(lambda: fit(assignment, workers, self._need, selectors))
-        while not fitting.done():
-            time.sleep(LOOK_SECONDS)
-            self._hear(clock)
-            if self._asked:
-                if self._step is None:  # nothing that a checkpoint would keep
-                    raise _interrupted(self._run, "stopped before the workers' first step")
-                self._requests.ask(StopRequest("interrupt"))
-            watch.look()
-            seconds = clock.stalled_seconds()
-            if seconds is not None and stalled is None and not fitting.done():
-                stalled = self._end_stalled(seconds, began)
+        try:
+            while not fitting.done():
+                time.sleep(LOOK_SECONDS)
+                self._hear(clock)
+                if self._asked:
+                    if self._step is None:  # nothing that a checkpoint would keep
+                        raise _interrupted(self._run, "stopped before the workers' first step")
+                    self._requests.ask(StopRequest("interrupt"))
+                watch.look()
+                self._mind_head(watch)
+                seconds = clock.stalled_seconds()
+                if seconds is not None and stalled is None and not fitting.done():
+                    stalled = self._end_stalled(seconds, began)
+        finally:  # also where a person does not want to wait
+            self._end(fitting, began)
         self._hear(clock)
-        clear(read_places(self._run, began))
         ended = fitting.result()
         if isinstance(ended, Outcome):
             return ended
         kind: Kind = "preempted" if ended.kind == "lost" and watch.preempted else ended.kind
         return dataclasses.replace(stalled or dataclasses.replace(ended, kind=kind), step=self._step)
+
+    def _mind_head(self, watch: Watch) -> None:
+        """Says that the cluster's head has fallen silent, and that it is back."""
+        silent = watch.silent_seconds > SILENT_SECONDS
+        if silent != self._head_silent:
+            self._head_silent = silent
+            said = "does not answer; the workers go on without it" if silent else "answers again"
+            self._listener.note(f"  the cluster's head {said}")
+
+    def _end(self, fitting: Future[Outcome | Failure], began: float) -> None:
+        """Leaves nothing of a group of workers, however far its start has come."""
+        until, ended = time.monotonic() + ENDING_SECONDS, False
+        while not ended and time.monotonic() < until:
+            ended = fitting.done()
+            wait([in_background(lambda: clear(self._run, began))], until - time.monotonic())
+            wait([fitting], LOOK_SECONDS)
 
     def _end_stalled(self, seconds: float, began: float) -> Failure:
         """Finds out why training stands still, and ends the workers."""
@@ -243,20 +278,3 @@ def _paths(run: Run) -> dict[str, str]:
         "export": str(run.export),
         "logs": str(run.logs),
     }
-
-
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """Does something in a thread of its own: Ray Train takes Ctrl-C for itself where ``fit`` has the main one.
-
-    A daemon thread, unlike an executor's: a second Ctrl-C must not wait for the workers.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future

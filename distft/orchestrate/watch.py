@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Generic, TypeVar
 
 from distft.orchestrate import cluster
 from distft.orchestrate.places import Place, read_places
 from distft.runs import Run, StopRequest
+
+T = TypeVar("T")
 
 #: Of two requests the later in this list stands: who stops for good needs not stop to grow.
 _PRECEDENCE = ("resize", "preempted", "interrupt")
@@ -62,49 +67,76 @@ class Watch:
     ) -> None:
         self._run = run
         self._attempt = attempt
-        self._need = need
         self._workers = workers
         self._wanted = wanted
         self._requests = requests
         self._room_seen = False
-        self._look_for_drains = _every(DRAIN_SECONDS)
-        self._look_for_room = _every(ROOM_SECONDS)
+        self._going = Question(cluster.draining, DRAIN_SECONDS)
+        self._room = Question(lambda: cluster.room(need, cluster.free_nodes()), ROOM_SECONDS)
         self.preempted: set[str] = set()  # nodes of the group that are about to go, or went
 
     def look(self) -> None:
-        """Looks, where it is time to, and asks."""
-        if self._look_for_drains():
-            self._drains()
-        if self._workers < self._wanted and self._look_for_room():
+        """Looks at what the cluster answered, and asks."""
+        for node, deadline in (self._going.answer() or {}).items():
+            if node not in self.preempted and node in {place.node for place in self._places()}:
+                self.preempted.add(node)
+                self._requests.ask(StopRequest("preempted", deadline or time.time() + NOTICE_SECONDS))
+        slots = self._room.answer() if self._workers < self._wanted else None
+        if slots is not None:
             # Before all ranks run, the room that they are about to take is free.
-            room = len(self._places()) == self._workers and cluster.room(self._need, cluster.free_nodes()) > 0
+            room = slots > 0 and len(self._places()) == self._workers
             if room and self._room_seen:
                 self._requests.ask(StopRequest("resize"))
             self._room_seen = room
 
+    @property
+    def silent_seconds(self) -> float:
+        """For how long the cluster's head has not answered."""
+        return self._going.waiting_seconds
+
     def _places(self) -> list[Place]:
         return read_places(self._run, self._attempt)
 
-    def _drains(self) -> None:
-        going = cluster.draining()
-        if not going:
-            return
-        for node in {place.node for place in self._places()} & going.keys():
-            if node not in self.preempted:
-                self.preempted.add(node)
-                self._requests.ask(StopRequest("preempted", going[node] or time.time() + NOTICE_SECONDS))
+
+class Question(Generic[T]):
+    """Something that the cluster's head is asked every so often, without waiting: a head that is gone does not answer.
+
+    Args:
+        ask: Asks it, and blocks until it answers.
+        seconds: From the answer to the next time.
+    """
+
+    def __init__(self, ask: Callable[[], T], seconds: float) -> None:
+        self._ask = ask
+        self._seconds = seconds
+        self._due = time.monotonic() + seconds
+        self._asked: Future[T] | None = None
+
+    @property
+    def waiting_seconds(self) -> float:
+        """For how long an answer has been waited for."""
+        return 0.0 if self._asked is None else time.monotonic() - self._due
+
+    def answer(self) -> T | None:
+        """The answer, once each time that it was asked; None where there is no new one."""
+        if self._asked is None and time.monotonic() >= self._due:
+            self._asked = in_background(self._ask)
+        if self._asked is None or not self._asked.done():
+            return None
+        answer, self._asked = self._asked.result(), None
+        self._due = time.monotonic() + self._seconds
+        return answer
 
 
-def _every(seconds: float) -> Callable[[], bool]:
-    """Whether so long has passed since it last said so; the first time it has not."""
-    last = time.monotonic()
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """Does something in a daemon thread of its own, unlike an executor: a process that ends does not wait for it."""
+    future: Future[T] = Future()
 
-    def due() -> bool:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < seconds:
-            return False
-        last = now
-        return True
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
 
-    return due
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from distft.runs import Stop, StopRequest
+from distft.errors import RunError
+from distft.runs import Run, Stop, StopRequest, read_json
 
 _STOPS: tuple[Stop, ...] = get_args(Stop)
 
@@ -36,6 +37,22 @@ class Orders:
 
 
 NO_ORDERS = Orders()
+
+
+def asked(run: Run, began: float | None) -> StopRequest | None:
+    """What a run asks of its workers.
+
+    Args:
+        run: The run.
+        began: When the asking worker's group was started; None where nobody would start another.
+
+    Raises:
+        RunError: The worker is not of this run any more: its host was cut off, the cluster took it for lost, and it
+            has gone on alone. Another group of workers writes the run's files now.
+    """
+    if began is not None and read_json(run.group) != began:
+        raise RunError("other workers have taken this run over", where=run.name, fix="none is needed: it goes on there")
+    return run.asked()
 
 
 class Listening:

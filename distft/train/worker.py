@@ -29,7 +29,7 @@ from distft.plan.hardware import Hardware, peak_flops
 from distft.runs import Run, event, read_json, read_lines, write_json
 from distft.train.environment import versions
 from distft.train.loop import Indices, Training, batch_of, fit
-from distft.train.orders import Listening
+from distft.train.orders import Listening, asked
 from distft.train.outcome import FIRST, Attempt, Outcome
 from distft.train.progress import Progress
 from distft.train.reporter import FileReporter, Record, Reporter
@@ -107,6 +107,7 @@ def work(
             peak=peak_flops(hardware, dtype).flops,
             reporter=reporter or files,
             watchdog=watchdog,
+            began=attempt.began,
         )
         progress = _start(job, run, training, take_up, choices, attempt, resume=resume)
         progress, stopped = fit(training, progress)
@@ -141,6 +142,7 @@ def _training(
     peak: float,
     reporter: Reporter,
     watchdog: Watchdog,
+    began: float | None,
 ) -> tuple[Training, TakeUp]:
     """Puts together what the loop needs."""
     rows, validation = prepared.rows("train"), prepared.rows("validation")
@@ -179,7 +181,7 @@ def _training(
         reporter=reporter,
         saving=saving,
         rewind=lambda: take_up(True)[0] or Progress(),
-        orders=Listening(run.asked, lambda: saving.seconds),
+        orders=Listening(lambda: asked(run, began), lambda: saving.seconds),
         watchdog=watchdog,
         names=lambda indices: named(prepared, rows, indices),
     )

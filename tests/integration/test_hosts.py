@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,14 +50,23 @@ HEALTH = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+#: As it tells those to set who want to outlive the loss of a head.
+HEAD_LOST = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+#: How long Ray may take to start on a host of a busy machine.
+START_SECONDS = 300
 #: How long it may take at most from the loss of a host to the next step.
 RECOVERY_SECONDS = 30.0
 
 
 class Hosts:
-    """Hosts with Ray on them."""
+    """Three hosts with Ray on them.
 
-    def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
+    Args:
+        folder: What belongs to them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._sound: set[int] = set()
         self._net = f"10.77.{os.getpid() % 256}"
         self.address = f"{self._net}.1{HEAD}:6379"
         self.environment = {
@@ -66,14 +75,16 @@ class Hosts:
             "RAY_worker_niceness": "0",  # else a busy machine starves the workers
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_gcs_storage": "rocksdb",
+            "RAY_gcs_storage_path": str(folder / "gcs"),
+            **HEAD_LOST,
             **HEALTH,
-            **variables,
         }
 
     def script(self, *words: str) -> str:
         """Calls ``host.sh``."""
         done = self._start(*words)
-        output, _ = done.communicate(timeout=120)
+        output, _ = done.communicate(timeout=START_SECONDS)
         assert done.returncode == 0, f"{words} ended with {done.returncode}\n{output}"
         return output
 
@@ -82,6 +93,31 @@ class Hosts:
         for number in numbers:
             self.script("up", str(number))
         self.start_ray(*numbers)
+        self._sound.update(numbers)
+
+    def mend(self) -> None:
+        """Starts those anew that were lost."""
+        lost = {0, 1, 2} - self._sound
+        for number in lost:
+            self.down(number)
+        self.boot(*sorted(lost))
+
+    def down(self, number: int) -> None:
+        """Takes a host's power away."""
+        self.script("down", str(number))
+        self._sound.discard(number)
+
+    def cut(self, number: int) -> None:
+        """Pulls a host's cable."""
+        self.script("cut", str(number))
+        self._sound.discard(number)
+
+    def join(self, number: int) -> None:
+        """Plugs it in again, and starts Ray once the one of before has heard that it is taken for dead."""
+        self.script("join", str(number))
+        time.sleep(5)
+        self.start_ray(number)
+        self._sound.add(number)
 
     def start_ray(self, *numbers: int) -> None:
         """Starts Ray on hosts."""
@@ -91,7 +127,7 @@ class Hosts:
         join = [*ray, f"--address={self.address}", "--num-cpus=1"]
         others = [self._start("run", str(number), *join) for number in numbers if number != HEAD]
         for other in others:
-            output, _ = other.communicate(timeout=180)
+            output, _ = other.communicate(timeout=START_SECONDS)
             assert other.returncode == 0, output
 
     def number_of(self, address: str) -> int:
@@ -116,16 +152,32 @@ def draw() -> random.Random:
     return random.Random(seed)
 
 
-@pytest.fixture
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    folder = tmp_path_factory.mktemp("hosts")
-    storage = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs")}
-    made = Hosts(folder, {**storage, "RAY_gcs_rpc_server_reconnect_timeout_s": "300"})
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    hosts = Hosts(tmp_path_factory.mktemp("hosts"))
     try:
-        made.boot(0, 1, 2)
-        yield made
+        yield hosts
     finally:
-        made.script("clean")
+        hosts.script("clean")
+
+
+@pytest.fixture
+def hosts(made: Hosts) -> Iterator[Hosts]:
+    """All of them sound; a test that fails leaves no run behind."""
+    made.mend()
+    yield made
+    while Survivor.processes:
+        if Survivor.processes.pop().poll() is None:
+            for number in (0, 1, 2):
+                made.down(number)
+
+
+@pytest.fixture(scope="module")
+def stage(draw: random.Random) -> int:
+    """Of all tests, so that there is one run to compare with."""
+    drawn = draw.choice([1, 2, 3])
+    print(f"ZeRO stage {drawn}")
+    return drawn
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +185,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all hosts see: the model, the corpus and the runs. Steps take longer than in ``test_survive``."""
     folder = tmp_path_factory.mktemp("files")
     tiny.make(folder)
-    (folder / "tiny.yaml").write_text(JOB.replace("batch_size: 12", "batch_size: 48"))
+    (folder / "tiny.yaml").write_text(JOB.replace("batch_size: 12", "batch_size: 24"))
     return folder
 
 
@@ -153,92 +205,93 @@ def check_one_writer(run: Run) -> None:
 
 
 def check_gone_on(survivor: Survivor, lost: float) -> None:
+    """It went on in time; said with its parts, since a busy machine takes long to start processes."""
     seconds = seconds_to_go_on(survivor, lost)
-    print(f"on again after {seconds:.1f} s: {survivor.named('lost')}")
+    noticed = next(one for one in survivor.events() if one["event"] == "lost")
+    print(f"on again after {seconds:.1f} s, noticed after {noticed['time'] - lost:.1f} s: {noticed['reason']}")
     assert seconds <= RECOVERY_SECONDS
 
 
-def test_a_host_without_power(hosts: Hosts, files: Path, draw: random.Random) -> None:
-    stage, step, rank = draw.choice([1, 2, 3]), draw.randrange(25, 100), draw.randrange(2)
-    print(f"ZeRO stage {stage}; the host of rank {rank} loses its power after step {step}")
+def test_a_host_without_power(hosts: Hosts, files: Path, draw: random.Random, stage: int) -> None:
+    step, rank = draw.randrange(25, 100), draw.randrange(2)
+    print(f"the host of rank {rank} loses its power after step {step}")
     home = home_on(hosts, HEAD, files)
     reference(home, stage)
     survivor = Survivor(home, "power", f"zero.stage={stage}", "cluster.workers={min: 1, max: 2}")
     survivor.wait_for_step(step)
-    hosts.script("down", str(hosts.number_of(survivor.places()[rank].host)))
+    hosts.down(hosts.number_of(survivor.places()[rank].host))
     lost = time.time()
     survivor.end()
-    check_gone_on(survivor, lost)
     assert read_json(survivor.run.result)["restarts"] == 1
     check_one_writer(survivor.run)
     check_curve(home, survivor, stage, exact=False)
+    check_gone_on(survivor, lost)
 
 
-def test_a_pulled_cable(hosts: Hosts, files: Path, draw: random.Random) -> None:
+def test_a_pulled_cable(hosts: Hosts, files: Path, draw: random.Random, stage: int) -> None:
     """The host comes back, and the run grows onto it; what ran there before disturbs nobody."""
-    stage, step, rank = draw.choice([1, 2, 3]), draw.randrange(25, 100), draw.randrange(2)
-    print(f"ZeRO stage {stage}; the host of rank {rank} is cut off after step {step}")
+    step, rank = draw.randrange(25, 100), draw.randrange(2)
+    print(f"the host of rank {rank} is cut off after step {step}")
     home = home_on(hosts, HEAD, files)
     reference(home, stage)
     settings = [f"zero.stage={stage}", "cluster.workers={min: 1, max: 2}", "cluster.stall_seconds=300"]
     survivor = Survivor(home, "cable", *settings)
     survivor.wait_for_step(step)
     number = hosts.number_of(survivor.places()[rank].host)
-    hosts.script("cut", str(number))
+    hosts.cut(number)
     lost = time.time()
     survivor.wait_for_event("resize")
     (place,) = survivor.places()
     other = str(hosts.number_of(place.host))
     survivor.wait_for_step(survivor.step + 2)
     hosts.script("run", other, "kill", "-STOP", str(place.pid))  # the tiny model would be done before
-    hosts.script("join", str(number))
-    time.sleep(5)  # Ray of the host hears that it is taken for dead, and ends itself
-    hosts.start_ray(number)
+    hosts.join(number)
     survivor.wait(survivor.run.stop_request.exists, "the request to grow")
     hosts.script("run", other, "kill", "-CONT", str(place.pid))
     survivor.end()
-    check_gone_on(survivor, lost)
     sizes = [line["world_size"] for line in training_curve(survivor.run.metrics)]
     assert [size for size, before in itertools.pairwise([*sizes, 0]) if size != before] == [2, 1, 2]
     check_one_writer(survivor.run)
     check_curve(home, survivor, stage, exact=False)
+    check_gone_on(survivor, lost)
 
 
-def test_a_worker_that_goes_on_alone(hosts: Hosts, files: Path, draw: random.Random) -> None:
+def test_a_worker_that_goes_on_alone(hosts: Hosts, files: Path, draw: random.Random, stage: int) -> None:
     """A worker needs nobody, is cut off, and still sees the run's files: it stops when another has taken over."""
-    stage, step = draw.choice([1, 2, 3]), draw.randrange(25, 60)
-    print(f"ZeRO stage {stage}; cut off after step {step}")
+    step = draw.randrange(25, 60)
+    print(f"cut off after step {step}")
     home = home_on(hosts, HEAD, files)
     reference(home, stage)
     survivor = Survivor(home, "alone", f"zero.stage={stage}", "cluster.workers=1")
     survivor.wait_for_step(step)
     (place,) = survivor.places()
-    hosts.script("cut", str(hosts.number_of(place.host)))
+    hosts.cut(hosts.number_of(place.host))
     lost = time.time()
     survivor.end()
-    check_gone_on(survivor, lost)
     assert read_json(survivor.run.result)["restarts"] == 1
     check_one_writer(survivor.run)
     check_curve(home, survivor, stage, exact=False)
+    check_gone_on(survivor, lost)
 
 
 @pytest.mark.parametrize("back", [True, False], ids=["back", "for-good"])
-def test_the_head_is_lost(hosts: Hosts, files: Path, draw: random.Random, back: bool) -> None:
+def test_the_head_is_lost(hosts: Hosts, files: Path, draw: random.Random, stage: int, back: bool) -> None:
     """Driver and workers are on other hosts: training never stops."""
-    stage, step = draw.choice([1, 2, 3]), draw.randrange(10, 40)
-    print(f"ZeRO stage {stage}; the head loses its power after step {step}")
+    step = draw.randrange(10, 40)
+    print(f"the head loses its power after step {step}")
     home = home_on(hosts, 1, files)
     reference(home, stage)
     survivor = Survivor(home, f"head-{back}", f"zero.stage={stage}")
     survivor.wait_for_step(step)
-    hosts.script("down", str(HEAD))
+    hosts.down(HEAD)
     lost = time.time()
     if back:
         time.sleep(10)
         hosts.boot(HEAD)
         print(f"the head is back after {time.time() - lost:.1f} s, at step {survivor.step}")
-    survivor.end()
+    said = survivor.end()
     print(f"ended {time.time() - lost:.1f} s after the loss")
+    assert "the cluster's head does not answer" in said
     steps = [line for line in read_lines(survivor.run.metrics) if line["kind"] == "train"]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     gaps = [line["time"] - before["time"] for before, line in itertools.pairwise(steps)]

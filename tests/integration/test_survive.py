@@ -6,6 +6,8 @@ is printed: DISTFT_SEED takes it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import random
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 
 from distft.orchestrate.cluster import MARKET
@@ -62,6 +65,7 @@ class Cluster:
         head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": str(folder)}
         self.ray = RayCluster(initialize_head=True, head_node_args=head)
         self.others: list[Any] = []
+        self.folder = folder
 
     def resize(self, nodes: int, **labels: str) -> None:
         """Adds nodes, or takes the last ones away without a word."""
@@ -69,6 +73,16 @@ class Cluster:
             self.others.append(self.ray.add_node(num_cpus=1, labels=labels))
         while len(self.others) + 1 > nodes:
             self.ray.remove_node(self.others.pop(), allow_graceful=False)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that Ray Train has here for ranks, also before they have said where they are."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "ppid"]):
+            with contextlib.suppress(psutil.Error):
+                mine = str(self.folder) in " ".join(psutil.Process(process.info["ppid"]).cmdline())
+                if mine and "ray::RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                    found.append(process)
+        return found
 
     def drain(self, seconds: float) -> None:
         """Tells the last node that it goes in so many seconds."""
@@ -202,7 +216,9 @@ def seconds_to_go_on(survivor: Survivor, since: float) -> float:
     return float(next(line["time"] for line in lines[begun:] if line["kind"] == "train") - since)
 
 
+@functools.cache
 def stage_of(draw: random.Random) -> int:
+    """The same for all tests, so that one run that nobody touches serves them all."""
     stage = draw.choice([1, 2, 3])
     print(f"ZeRO stage {stage}")
     return stage
@@ -220,6 +236,23 @@ def test_a_killed_rank(tiny_home: Home, cluster: Cluster, draw: random.Random) -
     print(f"on again after {seconds_to_go_on(survivor, killed):.1f} s")
     assert survivor.named("lost") == [f"[rank {rank}] its process died"]
     assert read_json(survivor.run.result)["restarts"] == 1
+    check_curve(tiny_home, survivor, stage, exact=True)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_while_it_starts(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    """Nothing of the group that did not come to train holds the room that the next one needs."""
+    stage, seconds = stage_of(draw), draw.uniform(0, 8)
+    cluster.resize(2)
+    survivor = Survivor(tiny_home, "unborn", f"zero.stage={stage}", "cluster.max_failures=1")
+    survivor.wait(lambda: len(cluster.workers()) == 2, "the workers' processes")
+    time.sleep(seconds)
+    draw.choice(cluster.workers()).kill()
+    killed = time.time()
+    print(f"SIGKILL {seconds:.1f} s after its process came")
+    survivor.end()
+    print(f"on again after {seconds_to_go_on(survivor, killed):.1f} s: {survivor.named('lost')}")
+    assert len(survivor.named("lost")) == 1
     check_curve(tiny_home, survivor, stage, exact=True)
 
 
@@ -384,10 +417,14 @@ from transformers import LlamaForCausalLM
 
 
 class Buggy(LlamaForCausalLM):
-    def forward(self, input_ids=None, **inputs):
-        if (input_ids == TILDE).any():
-            raise ValueError("this text is unlucky")
-        return super().forward(input_ids=input_ids, **inputs)
+    def __init__(self, config):
+        super().__init__(config)
+        self.get_input_embeddings().register_forward_pre_hook(look)
+
+
+def look(module, inputs):
+    if (inputs[0] == TILDE).any():
+        raise ValueError("this text is unlucky")
 """
 
 

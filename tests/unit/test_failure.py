@@ -89,15 +89,21 @@ def test_torch_says_so_in_these_words() -> None:
 
 
 def test_workers_that_do_not_start_are_another_kind() -> None:
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.exceptions import ActorDiedError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
     from ray.train.v2.api.exceptions import ControllerError
 
     assert failure_of(ControllerError(WorkerGroupStartupTimeoutError(2))).kind == "start_timeout"
     assert failure_of(ControllerError(ValueError("x"))) == Failure("error", "x")
+    died = WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize.")
+    died.__cause__ = ActorDiedError()
+    lost = failure_of(ControllerError(died))
+    assert (lost.kind, lost.text) == ("lost", "its process died, while the workers were started")
+    assert failure_of(ControllerError(RuntimeError("Connection closed by peer"))).kind == "lost"
 
 
 def place(rank: int, **facts: Any) -> Place:
-    here = {"pid": os.getpid(), "started": 0, "node": "n", "host": "10.0.0.1", "group": ""}
+    here = {"pid": os.getpid(), "started": 0, "node": "n", "host": "10.0.0.1"}
     return Place(rank=rank, attempt=1.5, **{**here, **facts})
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from distft.runs import Run, StopRequest
-from distft.train.orders import NO_ORDERS, Listening, Orders
+from distft.errors import RunError
+from distft.runs import Run, StopRequest, write_json
+from distft.train.orders import NO_ORDERS, Listening, Orders, asked
 from distft.train.watchdog import stall_seconds
 from tests.support import ROOT
 
@@ -35,6 +36,19 @@ def test_a_request_is_heard_and_can_be_taken_back(tmp_path: Path) -> None:
     assert asks() == Orders("interrupt")
     run.stop_request.unlink()
     assert asks() == NO_ORDERS
+
+
+def test_a_worker_of_a_group_that_was_given_up_stops(tmp_path: Path) -> None:
+    """It was cut off, and still sees the run's files: two groups must not write them."""
+    run = Run(tmp_path)
+    write_json(run.group, 1763900000.123456)
+    assert asked(run, 1763900000.123456) is None
+    run.ask(StopRequest("resize"))
+    assert asked(run, 1763900000.123456) == StopRequest("resize")
+    assert asked(run, None) == StopRequest("resize"), "under torchrun there is no other group"
+    write_json(run.group, 1763900042.5)
+    with pytest.raises(RunError, match="other workers have taken this run over"):
+        asked(run, 1763900000.123456)
 
 
 def test_before_a_node_goes_it_saves_at_once_and_again_just_before(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 How soon a cluster notices that a host is gone without a word (a cut cable, a crash of the whole machine) is up to its
 head: with Ray's defaults five checks of up to 10 s, 3 s apart, so about a minute. A cluster that distft starts does it
-in at most 15 s; one's own does, when its head is started with ``RAY_health_check_timeout_ms=4000
-RAY_health_check_period_ms=1000 RAY_health_check_failure_threshold=3 ray start --head``. A process that ends is noticed
+in at most 11 s; one's own does, when its head is started with ``RAY_health_check_timeout_ms=3000
+RAY_health_check_period_ms=500 RAY_health_check_failure_threshold=3 ray start --head``. A process that ends is noticed
 at once in any case.
 
 A head that is lost ends what runs on its cluster, unless it keeps its tables on a disk and can be started again from
@@ -45,7 +45,7 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 # For how long a driver outlives the loss of its cluster's head, see above.
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
 # For a cluster that is started here, see above.
-for _name, _value in {"timeout_ms": "4000", "period_ms": "1000", "failure_threshold": "3"}.items():
+for _name, _value in {"timeout_ms": "3000", "period_ms": "500", "failure_threshold": "3"}.items():
     os.environ.setdefault(f"RAY_health_check_{_name}", _value)
 
 #: The label by which Ray marks nodes that may be taken away at short notice

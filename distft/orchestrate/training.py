@@ -179,7 +179,8 @@ class Training:
                 watch.look()
                 self._mind_head(watch)
                 seconds = clock.stalled_seconds()
-                if seconds is not None and stalled is None and not fitting.done():
+                settled = stalled is not None or self._head_silent  # nodes cannot be asked without the head
+                if seconds is not None and not settled and not fitting.done():
                     stalled = self._end_stalled(seconds, began)
         finally:  # also where a person does not want to wait
             self._end(fitting, began)

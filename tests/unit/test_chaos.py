@@ -105,7 +105,7 @@ def sleeper(run: Run) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def place(run: Run, rank: int, pid: int, attempt: float) -> None:
-    facts = {"rank": rank, "attempt": attempt, "pid": pid, "started": 0, "node": "", "host": "", "group": ""}
+    facts = {"rank": rank, "attempt": attempt, "pid": pid, "started": 0, "node": "", "host": ""}
     write_json(run.logs / f"rank-{rank}.json", facts)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from distft.checkpoint.signature import is_signed, signature
 from distft.checkpoint.storage import FileRecord, Storage, Unsound
 
-FORMAT = 2
+FORMAT = 3
 MARKER = "COMPLETE"
 FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -36,7 +36,7 @@ class State:
         best_loss: Its validation loss.
         validations_without_gain: How many validations ago that was.
         skipped_steps: Steps whose update was left out.
-        probe_loss: The loss of fixed rows with these weights, which must come out again after loading.
+        probe_loss: The loss of some fixed tokens with these weights, which must come out again after loading.
         versions: Of what trained, by package.
     """
 

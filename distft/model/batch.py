@@ -54,6 +54,14 @@ class Batch:
         """Positions that carry loss."""
         return int((self.labels != IGNORED).sum())
 
+    def around_first_target(self, tokens: int) -> Batch:
+        """At most so many columns of it, around the first that carries loss: a little of it that is cheap to pass."""
+        columns = (self.labels != IGNORED).any(dim=0).nonzero()
+        first = int(columns[0]) if len(columns) else 0
+        start = max(0, first - tokens // 2)
+        part = slice(start, start + tokens)
+        return Batch(self.input_ids[:, part], self.position_ids[:, part], self.labels[:, part], self.is_empty)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(

@@ -33,9 +33,9 @@ def curve_settings(job: Job) -> dict[str, Any]:
 
 
 def probe_loss(engine: Engine, batch: Batch) -> float | None:
-    """The loss sum of a few rows, the same on every rank, by which a loaded checkpoint is recognised.
+    """The loss sum of a few tokens, the same on every rank, by which a loaded checkpoint is recognised.
 
-    None where it is not a number: such rows tell nothing.
+    None where it is not a number: such tokens tell nothing.
     """
     loss = float(engine.losses(batch).double().sum())
     return loss if math.isfinite(loss) else None

@@ -42,6 +42,9 @@ from distft.world import World
 #: Rows that the mean attended length is taken over, and documents that an error names.
 SAMPLED_ROWS, NAMED_DOCUMENTS = 256, 12
 
+#: Tokens whose loss a checkpoint is known by: they pass through every layer, and training waits for them at each save.
+PROBE_TOKENS = 32
+
 
 def work(
     job: Job,
@@ -150,10 +153,10 @@ def _training(
     order = Order.of(job, len(rows))
     storage, state = storage_of(job, run), _state(job, engine.world, choices, prepared)
     key = shared_key(engine, run, storage)
-    first_row = batch_of(rows, np.zeros(1, np.int64), pad)
+    few = batch_of(rows, np.zeros(1, np.int64), pad).around_first_target(PROBE_TOKENS)
 
     def probe() -> float | None:
-        return probe_loss(engine, first_row)
+        return probe_loss(engine, few)
 
     def take_up(resume: bool) -> tuple[Progress | None, list[str]]:
         return restore(engine, storage, key, state, probe, resume=resume)

@@ -165,7 +165,7 @@ SPOILT: list[tuple[Callable[[Path, Path], object], str]] = [
     (lambda shard, _: shard.write_bytes(shard.read_bytes()[:-1]), "bytes instead of"),
     (lambda shard, _: shard.unlink(), "is missing"),
     (lambda _, marker: marker.write_text('{"format": 2'), "COMPLETE cannot be read"),
-    (lambda _, marker: age(marker), "format 1, and this version reads 2"),
+    (lambda _, marker: age(marker), "format 1, and this version reads 3"),
     (lambda _, marker: marker.write_text(marker.read_text().replace('"fp32"', '"bf16"')), "its signature is wrong"),
     (lambda _, marker: forge(marker), "its signature is wrong"),
     (lambda _, marker: marker.write_bytes((marker.parents[1] / "step-000001/COMPLETE").read_bytes()), "a copy of"),

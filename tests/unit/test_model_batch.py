@@ -79,3 +79,15 @@ def test_empty_has_no_labels() -> None:
     assert batch.input_ids.tolist() == [[3, 3]]
     assert batch.supervised_tokens == 0
     assert batch.to("cpu").position_ids.tolist() == [[0, 1]]
+
+
+def test_a_few_columns_around_the_first_target() -> None:
+    labels = torch.full((2, 40), IGNORED)
+    labels[0, 30], labels[1, 35] = 7, 8
+    ids = torch.arange(80).view(2, 40)
+    few = Batch(ids, torch.arange(40).expand(2, 40), labels).around_first_target(8)
+    assert few.input_ids.tolist() == [list(range(26, 34)), list(range(66, 74))]
+    assert few.position_ids[0].tolist() == list(range(26, 34))
+    assert few.supervised_tokens == 1
+    without = Batch(ids, ids, torch.full((2, 40), IGNORED)).around_first_target(8)
+    assert without.input_ids[0].tolist() == list(range(8))

@@ -5,8 +5,8 @@ step:
 
 - undisturbed, with a checkpoint every few steps; what a save costs is told as a share of 20 steps. It is the time by
   which the steps from the one after it to the one that commits it take longer than the median of the steps with no save
-  beside them. Its blocking part is what its own event says, beside that of the last checkpoint, which training waits for
-  as it would for a synchronous save.
+  beside them. Its blocking part is what its own event says, beside that of the last checkpoint, which training waits
+  for as it would for a synchronous save.
 - with a worker killed (SIGKILL) at a random moment of every five minutes. The parts from the kill to the next step, and
   goodput by the run's own ledger, from its first step on.
 """

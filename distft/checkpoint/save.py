@@ -36,12 +36,14 @@ class _Write:
 
     Attributes:
         planned: It, with the bytes of each rank's file and without their sha256.
+        snapshot: What this rank writes.
         thread: Writes this rank's file.
         record: That file as it was written.
         error: Why it could not be.
     """
 
     planned: Checkpoint
+    snapshot: Snapshot
     thread: threading.Thread | None = None
     record: FileRecord | None = None
     error: DistftError | None = None
@@ -76,6 +78,7 @@ class Saver:
         self._key = key
         self._budget_bytes = budget_bytes
         self._write: _Write | None = None
+        self._written: Snapshot | None = None  # its memory is for the next one
 
     @property
     def pending(self) -> bool:
@@ -104,11 +107,11 @@ class Saver:
         """
         if self._write is not None:
             raise RuntimeError("a checkpoint is being written: finish() comes first")
-        snapshot = self._engine.snapshot()
+        snapshot, self._written = self._engine.snapshot(into=self._written), None
         sizes = self._engine.gather(shards.file_bytes(snapshot))
         planned = _on_main(self._engine, lambda: self._plan(state, sizes))
-        self._write = _Write(planned)
-        self._write.thread = threading.Thread(target=self._write_shard, args=(self._write, snapshot), name="checkpoint")
+        self._write = _Write(planned, snapshot)
+        self._write.thread = threading.Thread(target=self._write_shard, args=(self._write,), name="checkpoint")
         self._write.thread.start()
 
     def finish(self) -> Checkpoint:
@@ -124,6 +127,7 @@ class Saver:
             raise RuntimeError("no checkpoint is being written: begin() comes first")
         if write.thread is not None:
             write.thread.join()
+        self._written = write.snapshot
         reports = self._engine.gather(_Report(write.record, write.error, socket.gethostname()))
         try:
             return _on_main(self._engine, lambda: self._commit(write.planned, reports))
@@ -135,10 +139,10 @@ class Saver:
     def _file(self, checkpoint: Checkpoint) -> str:
         return f"{checkpoint.name}/{checkpoint.files[self._engine.world.rank].name}"
 
-    def _write_shard(self, write: _Write, snapshot: Snapshot) -> None:
+    def _write_shard(self, write: _Write) -> None:
         """The thread: writes this rank's file."""
         try:
-            size, digest = self._storage.write(self._file(write.planned), shards.content(snapshot))
+            size, digest = self._storage.write(self._file(write.planned), shards.content(write.snapshot))
             name = write.planned.files[self._engine.world.rank].name
             write.record = FileRecord(name, size, digest)
         except DistftError as error:

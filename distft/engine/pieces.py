@@ -48,21 +48,35 @@ class Holding:
 
 
 @torch.no_grad()
-def snapshot(optimizer: torch.optim.Optimizer, holdings: Sequence[Holding]) -> Snapshot:
-    """Copies the holdings into host memory; moments that no update has made yet are zeros."""
+def snapshot(optimizer: torch.optim.Optimizer, holdings: Sequence[Holding], into: Snapshot | None = None) -> Snapshot:
+    """Copies the holdings into host memory; moments that no update has made yet are zeros.
+
+    Args:
+        optimizer: Whose state it is.
+        holdings: What is copied.
+        into: Whose memory is used, as far as it holds the same pieces; memory that is new takes longer to get than to
+            fill.
+    """
+    held = {} if into is None else {(piece.name, piece.start): piece.tensors for piece in into.pieces}
     pieces = tuple(
-        Piece(one.name, one.shape, one.start, {kind: _copy(optimizer, one, kind) for kind in KINDS})
+        Piece(
+            one.name,
+            one.shape,
+            one.start,
+            {kind: _copy(optimizer, one, kind, held.get((one.name, one.start), {}).get(kind)) for kind in KINDS},
+        )
         for one in holdings
         if one.elements
     )
     return Snapshot(pieces, max((int(state["step"]) for state in optimizer.state.values() if state), default=0))
 
 
-def _copy(optimizer: torch.optim.Optimizer, one: Holding, kind: str) -> Tensor:
+def _copy(optimizer: torch.optim.Optimizer, one: Holding, kind: str, into: Tensor | None) -> Tensor:
     whole = one.owner if kind == "weight" else optimizer.state.get(one.owner, {}).get(kind)
-    if whole is None:
-        return torch.zeros(one.elements, dtype=one.owner.dtype)
-    return one.of(whole).to("cpu", copy=True)
+    dtype = one.owner.dtype if whole is None else whole.dtype
+    if into is None or (into.numel(), into.dtype) != (one.elements, dtype):
+        into = torch.empty(one.elements, dtype=dtype)
+    return into.zero_() if whole is None else into.copy_(one.of(whole))
 
 
 @torch.no_grad()

@@ -101,9 +101,9 @@ class PlainEngine:
     def barrier(self) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """See :class:`~distft.engine.protocol.Engine`."""
-        return pieces.snapshot(self._optimizer, self._holdings())
+        return pieces.snapshot(self._optimizer, self._holdings(), into)
 
     def restore(self, state: StateReader) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""

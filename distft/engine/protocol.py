@@ -145,8 +145,12 @@ class Engine(Protocol):
         """Waits for all ranks."""
         ...
 
-    def snapshot(self) -> Snapshot:
-        """A copy of this rank's share of the trained weights and the optimizer's state, not yet on disk."""
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
+        """A copy of this rank's share of the trained weights and the optimizer's state, not yet on disk.
+
+        Args:
+            into: One of before that nobody needs any more: its memory is used again, which takes a fifth of the time.
+        """
         ...
 
     def restore(self, state: StateReader) -> None:

@@ -140,12 +140,12 @@ class ZeroEngine:
         """See :class:`~distft.engine.protocol.Engine`."""
         dist.barrier()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """See :class:`~distft.engine.protocol.Engine`."""
         held = self._holdings()
         if self._settings.stage == 0:
             held = [one.share(self.world.rank, self.world.size) for one in held]
-        return pieces.snapshot(self._engine.basic_optimizer, held)
+        return pieces.snapshot(self._engine.basic_optimizer, held, into)
 
     def restore(self, state: StateReader) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""

@@ -54,7 +54,7 @@ class OneTensor:
     def __init__(self, elements: int = ELEMENTS) -> None:
         self.weight = torch.arange(elements, dtype=torch.float32)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         kinds = ("weight", "exp_avg", "exp_avg_sq")
         return Snapshot((Piece("w", (len(self.weight),), 0, {kind: self.weight.clone() for kind in kinds}),), 1)
 

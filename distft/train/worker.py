@@ -43,7 +43,7 @@ from distft.world import World
 SAMPLED_ROWS, NAMED_DOCUMENTS = 256, 12
 
 #: Tokens whose loss a checkpoint is known by: they pass through every layer, and training waits for them at each save.
-PROBE_TOKENS = 32
+PROBE_TOKENS = 8
 
 
 def work(

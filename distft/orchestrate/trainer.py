@@ -1,6 +1,6 @@
 """Ray Train's trainer, less what only delays the next group of workers. Imported where Ray is there already.
 
-Both classes can go when Ray Train has settings for them; neither changes what is trained.
+All of it can go when Ray Train has settings for it; none of it changes what is trained.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
 
 
 class _Controller(TrainController):  # type: ignore[misc]
+    """Ray Train's, with the workers above."""
+
     worker_group_cls = _WorkerGroup
 
     def _shutdown_worker_group(self) -> None:

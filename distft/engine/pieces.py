@@ -54,8 +54,7 @@ def snapshot(optimizer: torch.optim.Optimizer, holdings: Sequence[Holding], into
     Args:
         optimizer: Whose state it is.
         holdings: What is copied.
-        into: Whose memory is used, as far as it holds the same pieces; memory that is new takes longer to get than to
-            fill.
+        into: Whose memory is used, as far as it holds the same pieces.
     """
     held = {} if into is None else {(piece.name, piece.start): piece.tensors for piece in into.pieces}
     pieces = tuple(

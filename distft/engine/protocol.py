@@ -149,7 +149,8 @@ class Engine(Protocol):
         """A copy of this rank's share of the trained weights and the optimizer's state, not yet on disk.
 
         Args:
-            into: One of before that nobody needs any more: its memory is used again, which takes a fifth of the time.
+            into: One of before that nobody needs any more: its memory is used again, since new memory takes longer to
+                get than to fill.
         """
         ...
 

@@ -102,8 +102,9 @@ def _ours(frame: Frame) -> bool:
     return "/distft/train/" in frame.file
 
 
-#: Where a rank waits for the others.
+#: Where a rank waits for the others. ZeRO-3 waits for weights that are being gathered in a file of its own.
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+_GATHERING = "deepspeed/runtime/zero/partition_parameters.py"
 
 #: What Linux' letters for a process's state mean here (proc(5)).
 _STATES = {
@@ -145,10 +146,15 @@ def _waiting(stack: Sequence[Frame]) -> str:
     if not stack:
         return "runs, and has left no stack"
     here = next(frame for frame in stack if "/distft/" in frame.file)
-    joint = next((frame for frame in reversed(stack) if any(part in frame.file for part in _COLLECTIVES)), None)
+    joint = next((frame for frame in reversed(stack) if _is_joint(frame)), None)
     if joint is not None:
         return f"waits for the others in {joint.function}, called by {here}"
     return f"is in {stack[0]}" + ("" if stack[0] == here else f", called by {here}")
+
+
+def _is_joint(frame: Frame) -> bool:
+    gathers = frame.function == "wait" and frame.file.endswith(_GATHERING)
+    return gathers or any(part in frame.file for part in _COLLECTIVES)
 
 
 def _waits(what: str) -> bool:

@@ -84,17 +84,8 @@ def work(
     if world.is_main:
         _record(run, choices)
     prepared = Prepared.open(prepared_folder)
-    dtype = DTYPES[choices.dtype.value]
     pad = pad_id(load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code))
-    model = training_model(job, model_folder, dtype, prepared.labels, pad)
-    flops = flops_per_token(model, attended_tokens(prepared.rows("train")))
-    loss_model = LossModel(
-        model,
-        activation_checkpointing=choices.activation_checkpointing.value,
-        class_weights=class_weights(job, prepared.labels, prepared.card),
-    )
-    engine = engines.open(loss_model, _settings(job, choices), world, kind)
-    del model, loss_model  # stage 3 splits the weights: nothing else may hold them whole
+    engine, flops = _open(job, world, choices, prepared, model_folder, pad, kind)
     with (
         FileReporter(run, is_main=world.is_main, tensorboard=job.track.tensorboard) as files,
         Watchdog(run.logs / f"rank-{world.rank}.stack", attempt.stall_seconds) as watchdog,
@@ -107,7 +98,7 @@ def work(
             prepared,
             pad=pad,
             flops=flops,
-            peak=peak_flops(hardware, dtype).flops,
+            peak=peak_flops(hardware, DTYPES[choices.dtype.value]).flops,
             reporter=reporter or files,
             watchdog=watchdog,
             began=attempt.began,
@@ -117,6 +108,26 @@ def work(
     engine.close()
     metrics = {} if progress.best_loss is None else {"validation_loss": progress.best_loss}
     return Outcome(progress.step, progress.best_step, stopped, metrics)
+
+
+def _open(
+    job: Job,
+    world: World,
+    choices: Choices,
+    prepared: Prepared,
+    model_folder: Path,
+    pad: int,
+    kind: Literal["zero", "plain"],
+) -> tuple[Engine, float]:
+    """The engine around the job's model, which it alone holds (stage 3 splits the weights), and its FLOPs per token."""
+    model = training_model(job, model_folder, DTYPES[choices.dtype.value], prepared.labels, pad)
+    flops = flops_per_token(model, attended_tokens(prepared.rows("train")))
+    loss_model = LossModel(
+        model,
+        activation_checkpointing=choices.activation_checkpointing.value,
+        class_weights=class_weights(job, prepared.labels, prepared.card),
+    )
+    return engines.open(loss_model, _settings(job, choices), world, kind), flops
 
 
 def _settings(job: Job, choices: Choices) -> engines.Settings:

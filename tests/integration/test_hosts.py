@@ -204,8 +204,10 @@ def check_one_writer(run: Run) -> None:
             assert line["step"] == before["step"] + 1, (before, line)
 
 
-def check_gone_on(survivor: Survivor, lost: float) -> None:
-    """It went on in time; said with its parts, since a busy machine takes long to start processes."""
+def check_gone_on(home: Home, survivor: Survivor, stage: int, lost: float) -> None:
+    """It went on as if nothing had been, and in time; said with its parts, since a busy machine starts slowly."""
+    check_one_writer(survivor.run)
+    check_curve(home, survivor, stage, exact=False)
     seconds = seconds_to_go_on(survivor, lost)
     noticed = next(one for one in survivor.events() if one["event"] == "lost")
     print(f"on again after {seconds:.1f} s, noticed after {noticed['time'] - lost:.1f} s: {noticed['reason']}")
@@ -223,9 +225,7 @@ def test_a_host_without_power(hosts: Hosts, files: Path, draw: random.Random, st
     lost = time.time()
     survivor.end()
     assert read_json(survivor.run.result)["restarts"] == 1
-    check_one_writer(survivor.run)
-    check_curve(home, survivor, stage, exact=False)
-    check_gone_on(survivor, lost)
+    check_gone_on(home, survivor, stage, lost)
 
 
 def test_a_pulled_cable(hosts: Hosts, files: Path, draw: random.Random, stage: int) -> None:
@@ -251,9 +251,7 @@ def test_a_pulled_cable(hosts: Hosts, files: Path, draw: random.Random, stage: i
     survivor.end()
     sizes = [line["world_size"] for line in training_curve(survivor.run.metrics)]
     assert [size for size, before in itertools.pairwise([*sizes, 0]) if size != before] == [2, 1, 2]
-    check_one_writer(survivor.run)
-    check_curve(home, survivor, stage, exact=False)
-    check_gone_on(survivor, lost)
+    check_gone_on(home, survivor, stage, lost)
 
 
 def test_a_worker_that_goes_on_alone(hosts: Hosts, files: Path, draw: random.Random, stage: int) -> None:
@@ -269,9 +267,7 @@ def test_a_worker_that_goes_on_alone(hosts: Hosts, files: Path, draw: random.Ran
     lost = time.time()
     survivor.end()
     assert read_json(survivor.run.result)["restarts"] == 1
-    check_one_writer(survivor.run)
-    check_curve(home, survivor, stage, exact=False)
-    check_gone_on(survivor, lost)
+    check_gone_on(home, survivor, stage, lost)
 
 
 def test_the_head_is_lost(hosts: Hosts, files: Path, draw: random.Random, stage: int) -> None:

@@ -396,7 +396,8 @@ def test_a_rank_that_is_stopped(tiny_home: Home, cluster: Cluster, draw: random.
 @pytest.mark.slow
 def test_out_of_memory(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
     """A rank's address space is closed: its next large allocation fails, as on a machine without memory left."""
-    stage, step, rank = stage_of(draw), draw.randrange(25, 100), draw.randrange(2)
+    stage, rank = stage_of(draw), draw.randrange(2)
+    step = 20 * draw.randrange(1, 5) + 5  # beside no save: its thread would find no memory to start, and hang
     cluster.resize(2)
     settings = [f"zero.stage={stage}", "train.micro_batch_size=8", "cluster.max_failures=0"]
     survivor = Survivor(tiny_home, "memory", *settings)

@@ -165,6 +165,28 @@ Thread 0x00007f0b (most recent call first):
 """
 
 
+#: Of a rank at ZeRO stage 3 whose peer was stopped.
+GATHERING = """Timeout (0:00:08)!
+Thread 0x00007f0b (most recent call first):
+  File "/v/site-packages/deepspeed/utils/nvtx.py", line 33 in wrapped_fn
+  File "/v/site-packages/deepspeed/runtime/zero/partition_parameters.py", line 720 in wait
+  File "/v/site-packages/deepspeed/runtime/zero/partition_parameters.py", line 820 in wait
+  File "/v/site-packages/deepspeed/runtime/zero/partitioned_param_coordinator.py", line 406 in _fetch_sub_module_impl
+  File "/src/distft/model/loss.py", line 114 in _losses
+  File "/src/distft/train/loop.py", line 150 in step
+"""
+
+
+def test_a_rank_that_waits_for_gathered_weights_waits_for_the_others(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.logs.mkdir()
+    (run.logs / "rank-0.stack").write_text(GATHERING)
+    text = explain(8.0, 140, [place(0)], {0: "S"}, run)
+    assert "waits for the others in wait, called by _losses" in text
+    (run.logs / "rank-0.stack").write_text(GATHERING.replace(" in wait\n", " in fetch\n"))
+    assert "waits for the others" not in explain(8.0, 140, [place(0)], {0: "S"}, run)
+
+
 def test_the_explanation_begins_with_the_rank_that_the_others_wait_for(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.logs.mkdir()

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distft.config import Job
     from distft.orchestrate.results import evaluate
-    from distft.orchestrate.run import run
+    from distft.orchestrate.run import run, search
     from distft.orchestrate.writing import generate
     from distft.runs import Run
 
-__all__ = ["Job", "Run", "evaluate", "generate", "run"]
+__all__ = ["Job", "Run", "evaluate", "generate", "run", "search"]
 __version__ = "0.1.0"
 
 
@@ -30,6 +30,7 @@ _HOMES = {
     "evaluate": "distft.orchestrate.results",
     "generate": "distft.orchestrate.writing",
     "run": "distft.orchestrate.run",
+    "search": "distft.orchestrate.run",
 }
 
 

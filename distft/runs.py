@@ -102,6 +102,31 @@ class Run:
         return self.folder / "stop-requested"
 
     @property
+    def search(self) -> Path:
+        """What a search leaves: its trials, their table, its findings."""
+        return self.folder / "search"
+
+    @property
+    def trials(self) -> Path:
+        """One line a trial of the search."""
+        return self.search / "trials.jsonl"
+
+    @property
+    def search_summary(self) -> Path:
+        """What the search found, and what that took."""
+        return self.search / "summary.json"
+
+    @property
+    def learning_curves(self) -> Path:
+        """A picture: the objective of each trial over its training tokens."""
+        return self.search / "learning-curves.png"
+
+    @property
+    def parallel_coordinates(self) -> Path:
+        """A picture: the settings of each trial beside its objective."""
+        return self.search / "parallel-coordinates.png"
+
+    @property
     def group(self) -> Path:
         """Which group of workers this run is of now: when that was started, in seconds since the epoch."""
         return self.logs / "group.json"

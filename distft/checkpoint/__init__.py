@@ -20,7 +20,7 @@ from distft.checkpoint.layout import (
     verify,
     withdraw_after,
 )
-from distft.checkpoint.retention import check_budget, obsolete
+from distft.checkpoint.retention import check_budget, obsolete, spare
 from distft.checkpoint.save import Saver, shared_key
 from distft.checkpoint.shards import Shards, weights
 from distft.checkpoint.signature import signing_key
@@ -42,6 +42,7 @@ __all__ = [
     "shared_key",
     "signing_key",
     "sound",
+    "spare",
     "storage_of",
     "verify",
     "weights",

@@ -13,7 +13,7 @@ import typer
 
 from distft.errors import DistftError, JobError, RunError
 from distft.log import quieten_libraries
-from distft.runs import Run
+from distft.runs import Run, read_json
 from distft.world import runs_folder
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def prepare(
 
 @app.command()
 def run(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
-    """The whole way: prepare, train, export, evaluate."""
+    """The whole way: prepare, search, train, export, evaluate."""
     from distft.cli.tables import summary
     from distft.orchestrate.run import run as whole_way
 
@@ -118,6 +118,26 @@ def train(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resum
     with _view() as view:
         made = train_job(loaded, runs=_runs(runs), name=name, resume=resume, listener=view)
     typer.echo(f"\nTrained: {made.folder}\nNext: distft export {made.name}    distft evaluate {made.name}")
+
+
+@app.command()
+def search(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
+    """Find settings: many short trainings that share the cluster; see the job's search section."""
+    from distft.cli.proofs import console
+    from distft.cli.tables import DISTFT
+    from distft.cli.trials import best_first, next_commands, result_lines, trial_table
+    from distft.orchestrate.run import search as search_job
+    from distft.tuning.trials import best_trial, read_trials
+
+    loaded = _load(job, set_)
+    with _view() as view:
+        made = search_job(loaded, runs=_runs(runs), name=name, resume=resume, listener=view)
+    found, trials, out = read_json(made.search_summary), read_trials(made.trials), console()
+    best = best_trial(trials, found["mode"])
+    out.print(trial_table(best_first(trials, found["mode"]), found["metric"], best))
+    next_ones = [f"  {command}" for command in next_commands(DISTFT, job, made.name, best)]
+    for line in ("", *result_lines(made, trials, found), "", "Next", *next_ones):
+        out.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()

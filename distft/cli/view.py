@@ -1,16 +1,25 @@
-"""What a person sees while a run goes: stages with ticks and one live line on a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes: stages with ticks and one live line on a terminal, plain lines elsewhere.
+
+A search has a live table of its trials in place of the line.
+"""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from distft.cli.trials import ended_line, failure_lines, progress_line, shown, trial_table
+from distft.tuning.progress import SearchProgress
+from distft.tuning.trials import best_trial
+
 PLAIN_INTERVAL_SECONDS = 30
+#: Lines of a terminal that a table of trials leaves to its head, to what stands below it, and to the shell.
+LINES_AROUND_TRIALS = 12
 
 
 class View:
@@ -22,6 +31,7 @@ class View:
         self._stage_began = 0.0
         self._live: Live | None = None
         self._last_plain = 0.0
+        self._ended: set[str] = set()
 
     def __enter__(self) -> View:
         return self
@@ -54,6 +64,29 @@ class View:
     def progress(self, done: int, of: int) -> None:
         """Shows how many parts of the stage are done."""
         self._now(f"{done:,} of {of:,}")
+
+    def trials(self, progress: SearchProgress) -> None:
+        """Shows the trials of a search: a table that moves, or a line for each that ended."""
+        if self._live:
+            self._live.update(Group(self._line(), self._table(progress)))
+            return
+        ended = [trial for trial in progress.trials if trial.status != "running"]
+        for trial in ended:
+            if trial.id not in self._ended:
+                self.note(f"  {ended_line(trial, progress.metric)}")
+        self._ended = {trial.id for trial in ended}  # one that is taken up again ends again
+        self._now(progress_line(progress))
+
+    def _table(self, progress: SearchProgress) -> Group:
+        best = best_trial(progress.trials, progress.mode)
+        lines = shown(progress.trials, progress.mode, max(1, self.console.height - LINES_AROUND_TRIALS))
+        more = len(progress.trials) - len(lines)
+        return Group(
+            trial_table(lines, progress.metric, best),
+            *([Text(f"and {more:,} more", "dim")] if more else []),
+            *(Text(line, "red", no_wrap=True, overflow="ellipsis") for line in failure_lines(progress.trials)[-2:]),
+            Text(progress_line(progress), "bold"),
+        )
 
     def _now(self, text: str) -> None:
         now = time.monotonic()

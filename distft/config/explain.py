@@ -106,6 +106,8 @@ def _expected(details: ErrorDetails, job: type[BaseModel], path: Path) -> str:
     if details["type"] in {"model_type", "model_attributes_type"}:
         names = [name for section in keys.sections_at(job, path) for name in section.model_fields]
         return f"a mapping with {', '.join(names)}"
+    if details["type"] == "too_short" and context["field_type"] == "Dictionary":
+        return f"a mapping with at least {context['min_length']} of them"
     if details["type"] in EXPECTED:
         return EXPECTED[details["type"]].format(**context)
     return f"otherwise ({details['msg']})"

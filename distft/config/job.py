@@ -17,6 +17,7 @@ from distft.config.overrides import override
 from distft.config.problems import Finding, InvalidJob, Path, Problem, dotted
 from distft.config.rules import rules
 from distft.config.search import SearchSection
+from distft.config.search_rules import search_rules
 from distft.config.sections import (
     CheckpointSection,
     ClusterSection,
@@ -173,7 +174,7 @@ def _clashes(job: Job, broken: set[Path]) -> list[Finding]:
     refused = {finding.path for finding in missing}
     return missing + [
         finding
-        for finding in rules(job)
+        for finding in (*rules(job), *search_rules(job))
         if finding.path not in refused
         and sound(finding.path)
         and all(sound(tuple(key.split("."))) for key in finding.reads)

@@ -26,7 +26,7 @@ def override(document: Document, settings: Sequence[str]) -> Document:
             problems += [replace(problem, where=where, line=None) for problem in error.problems]
             continue
         problems += wrong
-        new = _put(values, path, value)
+        new = put(values, path, value)
         marks = {place: mark for place, mark in marks.items() if place[: len(new)] != new}
         marks |= {path[:length]: Mark(where) for length in range(len(new), len(path))}
         marks |= {place: Mark(where, None, mark.written) for place, mark in written.items()}
@@ -55,7 +55,7 @@ def _path(key: str) -> Path:
     return tuple(parts)
 
 
-def _put(values: dict[str, Any], path: Path, value: Any) -> Path:
+def put(values: dict[str, Any], path: Path, value: Any) -> Path:
     """Puts a value into nested mappings; whatever is no mapping on the way there becomes one.
 
     Returns:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
 
-from distft.config import keys
 from distft.config.addresses import (
     ARCHIVE,
     COLUMNAR,
@@ -22,7 +20,6 @@ from distft.config.addresses import (
 )
 from distft.config.placeholders import columns
 from distft.config.problems import Finding, Path, choices
-from distft.config.search import SearchSection, Space
 from distft.config.sections import SourcesSection, SplitsSection, TaskSection
 from distft.config.values import Bounds, Metric
 
@@ -43,11 +40,9 @@ DATA_SCHEMES = ("pypi", "s3", "gs", "hf")
 
 
 def rules(job: Job) -> Iterator[Finding]:
-    """Everything in a job that does not agree."""
+    """Everything in a job that does not agree; its search section has rules of its own."""
     for rule in (_model, _task, _source, _columns, _splits, _train, _evaluate, _zero, _cluster, _storage):
         yield from rule(job)
-    if job.search is not None:
-        yield from _search(job, job.search)
 
 
 def _model(job: Job) -> Iterator[Finding]:
@@ -237,46 +232,3 @@ def _cluster(job: Job) -> Iterator[Finding]:
 
 def _storage(job: Job) -> Iterator[Finding]:
     yield from _address(job.checkpoint.storage or "", ("checkpoint", "storage"), ("s3", "gs"))
-
-
-def _search(job: Job, search: SearchSection) -> Iterator[Finding]:
-    known = keys.numbers(type(job))
-    for key, space in search.space.items():
-        path = ("search", "space", key)
-        if key not in known:
-            same = [name for name in known if name.rpartition(".")[2] == key]
-            near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            fix = f"did you mean {near[0]}?" if near else "any number in the job file, such as train.learning_rate"
-            yield Finding(path, "is no number in the job file", fix)
-        yield from _space(space, path, only_choice=search.algorithm == "grid")
-    metric = search.objective.metric
-    allowed = [f"validation.{name}" for name in TASK_METRICS[job.task.kind]]
-    if metric not in allowed:
-        message = (
-            "the test split stays sealed" if metric.startswith("test.") else f"{metric!r} is not measured in training"
-        )
-        yield Finding(("search", "objective", "metric"), message, f"choose {choices(allowed)}", ("task.kind",))
-    if job.data.splits.validation == 0:
-        fix = "give data.splits.validation a fraction"
-        yield Finding(("search", "objective"), "there is no validation split to compare on", fix, ("data.splits",))
-
-
-def _space(space: Space, path: Path, *, only_choice: bool) -> Iterator[Finding]:
-    """Whether one number's space has one meaning, and is not empty."""
-    given = [name for name in ("log_uniform", "uniform", "choice") if getattr(space, name) is not None]
-    if len(given) != 1:
-        yield Finding(
-            path, "needs exactly one of log_uniform, uniform and choice", f"it has {choices(given or ['none'])}"
-        )
-    elif only_choice and given != ["choice"]:
-        yield Finding(
-            path,
-            "a grid cannot try every number between two",
-            "use choice, or another algorithm",
-            ("search.algorithm",),
-        )
-    for name in ("log_uniform", "uniform"):
-        low, high = getattr(space, name) or (1, 2)
-        if low >= high or (name == "log_uniform" and low <= 0):
-            least = "0 < low < high" if name == "log_uniform" else "low < high"
-            yield Finding((*path, name), f"[{low:g}, {high:g}] is no range", f"it needs {least}")

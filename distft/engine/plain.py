@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distft.engine import pieces
+from distft.engine.clip import clip
 from distft.engine.memory import peak_memory_bytes
 from distft.engine.protocol import Settings, Snapshot, StateReader, parameter_groups, row_losses
 from distft.model import Batch, LossModel
@@ -62,8 +63,7 @@ class PlainEngine:
 
     def step(self, learning_rate: float) -> float:
         """See :class:`~distft.engine.protocol.Engine`."""
-        limit = self._settings.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._masters, float("inf") if limit is None else limit)
+        norm = clip(self._masters, self._settings.max_grad_norm)
         if torch.isfinite(norm):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate

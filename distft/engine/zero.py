@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distft.engine import pieces, processes, shares
+from distft.engine.clip import clip
 from distft.engine.memory import peak_memory_bytes
 from distft.engine.protocol import KINDS, Settings, Snapshot, StateReader, parameter_groups, row_losses
 from distft.errors import DistftError
@@ -105,8 +106,7 @@ class ZeroEngine:
         return float(self._engine.get_global_grad_norm())
 
     def _step_with_own_norm(self) -> float:
-        limit = self._settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), float("inf") if limit is None else limit)
+        norm = clip(self._engine.module.parameters(), self._settings.max_grad_norm)
         if torch.isfinite(norm):
             self._engine.step()
         else:

@@ -38,12 +38,19 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Ray Train's controller runs in the driver (see .trainer); what it says goes to the run's logs and not to the terminal.
 os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
 os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
+# A lost worker is told in one line of ours, not in ten of Ray's.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
 # Ray's functions would start a cluster of their own where there is none, also in a thread that outlives the run.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 # Workers are asked for only where there is room; what then does not start went away in between.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 # For how long a driver outlives the loss of its cluster's head, see above.
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
+# Ray Tune's own logs of trials and its Ctrl-C are not wanted: trials are runs, and end with a checkpoint.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # which prints even where it is told to be silent
 # For a cluster that is started here, see above.
 for _name, _value in {"timeout_ms": "3000", "period_ms": "500", "failure_threshold": "3"}.items():
     os.environ.setdefault(f"RAY_health_check_{_name}", _value)
@@ -110,6 +117,19 @@ def draining() -> dict[str, float | None]:
     return {node: milliseconds / 1000 or None for node, milliseconds in state.get_draining_nodes().items()}
 
 
+def room_here(need: Mapping[str, float]) -> int:
+    """How many workers there is room for now: in the placement group that this process has been lent, or on the nodes.
+
+    A trial of a search has been lent one, which Ray fills again when a node of it is lost.
+    """
+    from ray.util import get_current_placement_group
+
+    lent = get_current_placement_group()
+    if lent is None:
+        return room(need, free_nodes())
+    return lent.bundle_count if lent.wait(1) else 0
+
+
 def room(need: Mapping[str, float], nodes: Sequence[Node]) -> int:
     """How many workers that each need ``need`` fit on these nodes."""
     return sum(node.holds(need) for node in nodes)
@@ -142,8 +162,16 @@ def worker_resources(job: Job, nodes: Sequence[Node]) -> dict[str, float]:
     return wanted
 
 
-def check_capacity(workers: Bounds, need: Mapping[str, float], nodes: Sequence[Node]) -> None:
+def check_capacity(
+    workers: Bounds, need: Mapping[str, float], nodes: Sequence[Node], key: str = "cluster.workers"
+) -> None:
     """Refuses a job whose workers the cluster cannot hold all at once; they would wait for one another for ever.
+
+    Args:
+        workers: How many are asked for, at least and at most.
+        need: What each needs.
+        nodes: What there is.
+        key: The job's key that asks for them.
 
     Raises:
         CapacityError: With what is asked, what each node holds, and what would fit.
@@ -152,7 +180,8 @@ def check_capacity(workers: Bounds, need: Mapping[str, float], nodes: Sequence[N
     if workers.min <= fit:
         return
     least = "" if workers.min == workers.max else "at least "
-    key = "cluster.workers" if workers.min == workers.max else "cluster.workers.min"
+    if workers.min != workers.max:
+        key += ".min"
     raise CapacityError(
         f"{least}{describe(workers.min, need)} are asked for, and the cluster holds {fit} ({listed(need, nodes)})",
         where=key,

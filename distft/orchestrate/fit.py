@@ -46,7 +46,7 @@ def worker(config: dict[str, Any]) -> Outcome | DistftError:
     assignment: Assignment = config["assignment"]
     os.environ["DISTFT_CACHE"] = str(assignment.cache)
     world = World.from_environment()
-    _log_to(assignment.run.logs / f"rank-{world.rank}.log")
+    log_to(assignment.run.logs / f"rank-{world.rank}.log")
     write_place(assignment.run, world.rank, assignment.attempt.began or 0.0)
     import torch
 
@@ -67,7 +67,7 @@ def worker(config: dict[str, Any]) -> Outcome | DistftError:
         return error
 
 
-def _log_to(path: Path) -> None:
+def log_to(path: Path) -> None:
     """Sends what this process prints, and what its libraries print, to a file in the run's folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -77,9 +77,10 @@ def _log_to(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _logged_to(path: Path) -> Iterator[None]:
-    """Sends what Ray Train says of a group of workers to a file; a person is told by the run's events."""
-    logger = logging.getLogger("ray.train")
+def logged_to(path: Path, name: str) -> Iterator[None]:
+    """Sends what a library of Ray's says to a file; a person is told by the run's events."""
+    logger = logging.getLogger(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before, logger.propagate = logger.propagate, False
@@ -136,7 +137,7 @@ def fit(
         ),
     )
     try:
-        with _logged_to(run.logs / "ray-train.log"):
+        with logged_to(run.logs / "ray-train.log", "ray.train"):
             outcome = trainer.fit().return_value
     except TrainingFailedError as error:
         return failure_of(error)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from distft.tuning.progress import SearchProgress
+
 
 class Listener(Protocol):
     """Who is told how a run goes: a terminal, a log, nobody."""
@@ -20,6 +22,9 @@ class Listener(Protocol):
     def record(self, record: dict[str, Any]) -> None:
         """A new line of ``metrics.jsonl``."""
 
+    def trials(self, progress: SearchProgress) -> None:
+        """The trials of a search, whenever one of them changes."""
+
 
 class Silent:
     """Tells nobody."""
@@ -34,6 +39,9 @@ class Silent:
         """Says nothing."""
 
     def record(self, record: dict[str, Any]) -> None:
+        """Says nothing."""
+
+    def trials(self, progress: SearchProgress) -> None:
         """Says nothing."""
 
 

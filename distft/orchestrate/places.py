@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from distft.runs import Run, read_json, write_json
 
@@ -110,17 +111,29 @@ def clear(run: Run, attempt: float) -> None:
 
     Ray Train ends its workers itself, as far as it can reach them, but for those that fail while it starts them.
     """
-    import ray
-    from ray._private.state import actors
     from ray._private.worker import global_worker
     from ray.util import get_placement_group, remove_placement_group
 
     states(read_places(run, attempt), kill=True)
-    for actor in actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id())).values():
-        if not actor["IsDetached"] and actor["State"] != "DEAD":  # as ray.kill does, which wants the actor's handle
-            global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor["ActorID"]), True)
+    for actor in _own_actors():  # as ray.kill does, which wants the actor's handle
+        global_worker.core_worker.kill_actor(actor, True)
     with contextlib.suppress(ValueError):  # it is gone
         remove_placement_group(get_placement_group(group_name(run, attempt)))
+
+
+def _own_actors() -> Iterator[Any]:
+    """The ids of the living actors that this process has started; a search's other trials have owners of their own."""
+    import ray
+    from ray._private.state import state
+    from ray._private.worker import global_worker
+    from ray.core.generated.gcs_pb2 import ActorTableData
+
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    for content in state._connect_and_get_accessor().get_actor_table(job, None):
+        actor = ActorTableData.FromString(content)
+        mine = actor.owner_address.worker_id == global_worker.worker_id
+        if mine and not actor.is_detached and actor.state != ActorTableData.DEAD:
+            yield ray.ActorID(actor.actor_id)
 
 
 def _states(processes: list[tuple[int, int]], kill: bool) -> list[str]:

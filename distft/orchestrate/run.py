@@ -1,4 +1,4 @@
-"""The whole way of one run: prepare, train, export, evaluate. The stages meet in the run's folder."""
+"""The whole way of one run: prepare, search, train, export, evaluate. The stages meet in the run's folder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distft.config import Job
-from distft.errors import Interrupted
+from distft.errors import Interrupted, JobError
 from distft.orchestrate.cluster import Node, check_capacity, connected, joined, worker_resources, workers_of
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
+from distft.orchestrate.search import search as search_stage
+from distft.orchestrate.search import winner
 from distft.orchestrate.signals import interruptible
 from distft.orchestrate.training import train as train_stage
 from distft.runs import Run, read_json, update_result, write_json
@@ -22,7 +24,7 @@ from distft.world import runs_folder
 def run(
     job: Job, *, runs: Path | None = None, name: str | None = None, resume: bool = False, listener: Listener = SILENT
 ) -> Run:
-    """The whole way: prepare, train, export, evaluate.
+    """The whole way: prepare, search (where the job has such a section), train, export, evaluate.
 
     Args:
         job: What to run.
@@ -45,6 +47,8 @@ def run(
         listener.note(f"{made.name} is finished already")
         return made
     with _running(job, made, resume, listener) as (data, nodes):
+        if job.search is not None:
+            job, data = winner(job, made, data, nodes, listener)
         train_stage(job, made, data, nodes, listener)
         export(made, listener=listener)
         evaluate_all(job, made, data, nodes, listener)
@@ -69,6 +73,19 @@ def _check_quantisation(job: Job) -> None:
         from distft.model.nf4 import refuse_absent
 
         refuse_absent()
+
+
+def search(
+    job: Job, *, runs: Path | None = None, name: str | None = None, resume: bool = False, listener: Listener = SILENT
+) -> Run:
+    """Prepares and searches; arguments, result and errors as of :func:`run`."""
+    if job.search is None:
+        raise JobError("the job has no search section", where="search", fix="say what to vary: search.space")
+    made = run_folder(job, runs or runs_folder(), name, resume)
+    with _running(job, made, resume, listener) as (data, nodes):
+        search_stage(job, made, data, nodes, listener)
+        update_result(made, status="searched")
+    return made
 
 
 @contextlib.contextmanager

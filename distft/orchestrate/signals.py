@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 
 
 class Asked:
-    """Whether the process has been told to stop."""
+    """Whether somebody has been told to stop; ``at_once``: without a checkpoint."""
 
     def __init__(self) -> None:
         self.stop = False
+        self.at_once = False
 
     def __bool__(self) -> bool:
         return self.stop

@@ -20,7 +20,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import get_current_placement_group, placement_group
 
 
 def _meet_at_node() -> None:
@@ -57,6 +57,13 @@ class Torch(TorchConfig):  # type: ignore[misc]
         return _Backend
 
 
+class _Lent(DefaultPlacementGroupHandle):  # type: ignore[misc]
+    """A placement group that somebody else holds."""
+
+    def shutdown(self) -> None:
+        """Leaves it as it is."""
+
+
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Workers whose environment is the job's own, so that Ray gives them processes that it has started already."""
 
@@ -65,7 +72,12 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
         return custom_runtime_env
 
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> DefaultPlacementGroupHandle:
-        """As in Ray Train, but with a name, by which :func:`.places.clear` finds it however far the start came."""
+        """As in Ray Train, but with a name, by which :func:`.places.clear` finds it however far the start came.
+
+        A trial of a search has a group already, which Ray Tune made and takes back.
+        """
+        if (lent := get_current_placement_group()) is not None:
+            return _Lent(lent)
         return DefaultPlacementGroupHandle(
             placement_group(
                 bundles=[worker_group_context.resources_per_worker] * worker_group_context.num_workers,

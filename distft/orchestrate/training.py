@@ -90,13 +90,21 @@ class Training:
         need: What one worker needs.
         listener: Who hears of it.
         asked: Whether somebody asks to stop.
+        rungs: Where it is compared with others, as a trial of a search; see :class:`~distft.train.Attempt`.
     """
 
     def __init__(
-        self, job: Job, run: Run, data: Data, need: dict[str, float], listener: Listener, asked: Asked
+        self,
+        job: Job,
+        run: Run,
+        data: Data,
+        need: dict[str, float],
+        listener: Listener,
+        asked: Asked,
+        rungs: tuple[int, ...] | None = None,
     ) -> None:
         self._job, self._run, self._data, self._need = job, run, data, need
-        self._listener, self._asked = listener, asked
+        self._listener, self._asked, self._rungs = listener, asked, rungs
         self._bounds = workers_of(job)
         self._requests = Requests(run)
         self._offset = run.metrics.stat().st_size if run.metrics.exists() else 0
@@ -156,7 +164,7 @@ class Training:
         set_seconds = None if stall == "auto" else stall
         began = time.time()
         write_json(self._run.group, began)
-        attempt = Attempt(self._bounds.max, self._limit, began, set_seconds)
+        attempt = Attempt(self._bounds.max, self._limit, began, set_seconds, self._rungs)
         threads = max(1, int(self._need.get("CPU", 1)))
         data = self._data
         assignment = Assignment(
@@ -173,7 +181,7 @@ class Training:
                 time.sleep(LOOK_SECONDS)
                 self._hear(clock)
                 if self._asked:
-                    if self._step is None:  # nothing that a checkpoint would keep
+                    if self._step is None or self._asked.at_once:  # nothing that a checkpoint would keep
                         raise _interrupted(self._run, "stopped before the workers' first step")
                     self._requests.ask(StopRequest("interrupt"))
                 watch.look()
@@ -228,7 +236,7 @@ class Training:
         began, told = time.monotonic(), False
         while True:
             live = cluster.live_nodes()
-            free = min(cluster.room(self._need, cluster.free_nodes()), self._bounds.max)
+            free = min(cluster.room_here(self._need), self._bounds.max)
             waited = time.monotonic() - began
             could = min(cluster.room(self._need, live), self._bounds.max)
             if free >= self._bounds.min and (free >= could or waited > SETTLE_SECONDS):

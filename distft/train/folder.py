@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distft.config import Job
+from distft.config.search import trial_values
 from distft.errors import JobError
 from distft.runs import Run, read_json, write_json
 from distft.train.environment import environment
@@ -54,6 +55,7 @@ def _check_unchanged(job: Job, run: Run) -> None:
 
 
 def job_of(run: Run) -> Job:
-    """The job of a run, with the settings it was run with."""
+    """The job of a run, with the settings it was run with: those that its search found, where it had one."""
     resolved = read_json(run.resolved)
-    return Job.from_values(resolved["job"], resolved["folder"])
+    job = Job.from_values(resolved["job"], resolved["folder"])
+    return Job.from_values(trial_values(job, resolved["search"]), job.folder) if "search" in resolved else job

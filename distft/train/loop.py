@@ -48,7 +48,7 @@ class Training:
         pad_id: The token that fills short rows of a micro-batch.
         seed: The job's.
         learning_rate: The rate of a step.
-        validate_every: Steps from one validation to the next.
+        validates: Whether to validate after a step; after the last one it is done in any case.
         checkpoint_every: Steps from one checkpoint to the next.
         patience: Validations without gain after which to stop; None goes on.
         non_finite: What becomes of a step whose loss or gradient norm is not a number.
@@ -72,7 +72,7 @@ class Training:
     pad_id: int
     seed: int
     learning_rate: Callable[[int], float]
-    validate_every: int
+    validates: Callable[[int], bool]
     checkpoint_every: int
     patience: int | None
     non_finite: Literal["stop", "skip_batch", "rewind"]
@@ -108,7 +108,7 @@ def fit(training: Training, progress: Progress) -> tuple[Progress, Stop | None]:
         reporter.train(record)
         progress = replace(progress, step=record["step"])
         last = progress.step == total
-        if len(training.validation) and (last or progress.step % training.validate_every == 0):
+        if len(training.validation) and (last or training.validates(progress.step)):
             progress = progress.validated(validate(training, progress.step))
         improved = progress.best_step == progress.step
         if improved:

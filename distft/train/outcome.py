@@ -17,12 +17,15 @@ class Attempt:
         micro_batch_limit: The most rows of a forward pass, where more ran out of memory.
         began: When it was started, in seconds since the epoch.
         stall_seconds: After how long without a step training stands still; None for automatic.
+        rungs: Training tokens at which a trial of a search is compared with others: it validates at the first step
+            that reaches each, and at its end, in place of ``train.validate_every``. None: it is no trial.
     """
 
     most_workers: int | None = None
     micro_batch_limit: int | None = None
     began: float | None = None
     stall_seconds: float | None = None
+    rungs: tuple[int, ...] | None = None
 
 
 FIRST = Attempt()

@@ -101,7 +101,7 @@ def work(
             peak=peak_flops(hardware, DTYPES[choices.dtype.value]).flops,
             reporter=reporter or files,
             watchdog=watchdog,
-            began=attempt.began,
+            attempt=attempt,
         )
         progress = _start(job, run, training, take_up, choices, attempt, resume=resume)
         progress, stopped = fit(training, progress)
@@ -156,7 +156,7 @@ def _training(
     peak: float,
     reporter: Reporter,
     watchdog: Watchdog,
-    began: float | None,
+    attempt: Attempt,
 ) -> tuple[Training, TakeUp]:
     """Puts together what the loop needs."""
     rows, validation = prepared.rows("train"), prepared.rows("validation")
@@ -185,7 +185,7 @@ def _training(
         learning_rate=lambda step: learning_rate(
             step, order.steps, train.learning_rate, train.schedule.kind, train.schedule.warmup
         ),
-        validate_every=train.validate_every.steps(order.steps),
+        validates=_validates(job, order, rows, attempt.rungs),
         checkpoint_every=job.checkpoint.every.steps(order.steps),
         patience=train.patience,
         non_finite=train.non_finite,
@@ -195,11 +195,21 @@ def _training(
         reporter=reporter,
         saving=saving,
         rewind=lambda: take_up(True)[0] or Progress(),
-        orders=Listening(lambda: asked(run, began), lambda: saving.seconds),
+        orders=Listening(lambda: asked(run, attempt.began), lambda: saving.seconds),
         watchdog=watchdog,
         names=lambda indices: named(prepared, rows, indices),
     )
     return training, take_up
+
+
+def _validates(job: Job, order: Order, rows: Rows, rungs: Sequence[int] | None) -> Callable[[int], bool]:
+    """After which steps the job validates: every so many, or those that first reach a rung's tokens."""
+    if rungs is None:
+        every = job.train.validate_every.steps(order.steps)
+        return lambda step: step % every == 0
+    tokens = np.cumsum([rows.tokens(order.step(step)) for step in range(order.steps)])
+    reached = {int(step) + 1 for step in np.searchsorted(tokens, rungs)}
+    return lambda step: step in reached
 
 
 def _state(job: Job, world: World, choices: Choices, prepared: Prepared) -> State:

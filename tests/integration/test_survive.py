@@ -399,17 +399,17 @@ def test_out_of_memory(tiny_home: Home, cluster: Cluster, draw: random.Random) -
     stage, rank = stage_of(draw), draw.randrange(2)
     step = 20 * draw.randrange(1, 5) + 5  # beside no save: its thread would find no memory to start, and hang
     cluster.resize(2)
-    settings = [f"zero.stage={stage}", "train.micro_batch_size=8", "cluster.max_failures=0"]
+    settings = [f"zero.stage={stage}", "train.micro_batch_size=6", "cluster.max_failures=0"]
     survivor = Survivor(tiny_home, "memory", *settings)
     survivor.wait_for_step(step)
     resource.prlimit(survivor.places()[rank].pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
     survivor.end()
     (text,) = survivor.named("out_of_memory")
     assert f"[rank {rank}]" in text
-    assert "4 rows a pass instead of 8" in text
+    assert "3 rows a pass instead of 6" in text
     curve = training_curve(survivor.run.metrics)
     assert {line["rows"] for line in curve} == {12}
-    assert curve[-1]["micro_batch_size"] == 4
+    assert curve[-1]["micro_batch_size"] == 3
     check_curve(tiny_home, survivor, stage, exact=False)
 
 

@@ -100,10 +100,13 @@ def test_workers_become_elastic_bound_by_bound():
 
 
 def test_what_a_search_varies_is_one_key_with_dots():
-    lines = refused("search.space.train.learning_rate={log_uniform: [1e-6, 1e-3]}")
+    job = load("search.space.train.learning_rate={log_uniform: [1e-6, 1e-3]}", "search.trials=3")
+    assert job.search is not None
+    assert job.search.space["train.learning_rate"].log_uniform == [1e-6, 1e-3]
+    lines = refused("search.space.train.learning_rat={log_uniform: [1e-6, 1e-3]}")
     assert lines == [
-        "--set search.space.train.learning_rate={log_uniform: [1e-6, 1e-3]}  "
-        "search: not built yet (search); remove the section"
+        "--set search.space.train.learning_rat={log_uniform: [1e-6, 1e-3]}  search.space.train.learning_rat: "
+        "is no number in the job file; did you mean train.learning_rate?"
     ]
 
 

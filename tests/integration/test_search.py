@@ -1,0 +1,270 @@
+"""Searches over trials that are sharded runs of their own: nothing waits for ever, nothing is left, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from distft.orchestrate.places import read_places
+from distft.runs import Run, read_json, read_lines, training_curve
+from distft.tuning.trials import Trial, read_trials
+from tests.distributed import tiny
+from tests.integration.conftest import Home
+from tests.integration.test_survive import Cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+
+JOB = """\
+model: {source: ./model, dtype: fp32}
+task: {kind: language_modeling}
+data: {source: ./corpus.jsonl, max_tokens: 64, overlong: split, splits: {validation: 0.1, test: 0.1}}
+train: {epochs: 2, batch_size: 8, learning_rate: 1.0e-3}
+zero: {stage: 2}
+cluster: {workers: 2}
+track: {tensorboard: false}
+search:
+  space:
+    train.learning_rate: {log_uniform: [1.0e-5, 1.0e-1]}
+    train.batch_size: {choice: [4, 8, 16]}
+  trials: 4
+  workers_per_trial: 1
+"""
+
+WATCH = """
+import json, sys, time
+import psutil, ray
+from ray.util.placement_group import placement_group_table
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+while True:
+    groups = [one for one in placement_group_table().values() if one["state"] != "REMOVED"]
+    workers = 0
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if line.startswith("ray::RayTrainWorker"):
+            try:
+                workers += sys.argv[2] in " ".join(psutil.Process(process.info["ppid"]).cmdline())
+            except psutil.Error:
+                pass
+    print(json.dumps({"time": time.time(), "groups": len(groups), "workers": workers}), flush=True)
+    time.sleep(0.2)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    made = Cluster(tmp_path_factory.mktemp("r"))
+    try:
+        made.resize(2)
+        yield made
+    finally:
+        made.ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def searching(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Home:
+    folder = tmp_path_factory.mktemp("search")
+    tiny.make(folder)
+    (folder / "search.yaml").write_text(JOB)
+    return Home(folder, cluster.ray.address)
+
+
+class Watched:
+    """What a search holds of the cluster, looked at from outside five times a second."""
+
+    def __init__(self, cluster: Cluster, path: Path) -> None:
+        self.path = path
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WATCH, cluster.ray.address, str(cluster.folder)], stdout=path.open("w")
+        )
+
+    def __enter__(self) -> Watched:
+        until = time.time() + 60
+        while not self.looks():
+            assert time.time() < until, "nothing is seen of the cluster"
+            time.sleep(0.2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def looks(self) -> list[dict[str, Any]]:
+        return list(read_lines(self.path))
+
+    def most(self, what: str) -> int:
+        return max(look[what] for look in self.looks())
+
+    def wait_until_free(self, seconds: float = 20) -> None:
+        until = time.time() + seconds
+        while (last := self.looks()[-1])["groups"] or last["workers"]:
+            assert time.time() < until, f"left behind: {last}"
+            time.sleep(0.2)
+
+
+def trials_of(home: Home, name: str) -> list[Trial]:
+    return read_trials(Run(home.folder / "runs" / name).trials)
+
+
+def told(trial: Trial) -> tuple[Any, ...]:
+    """What must come out again; a trial that is stopped makes a step or two until it hears of it."""
+    return trial.id, trial.params, trial.status, trial.values, trial.tokens if trial.status == "finished" else None
+
+
+def test_trials_share_the_cluster_and_leave_nothing_behind(searching: Home, cluster: Cluster, tmp_path: Path) -> None:
+    with Watched(cluster, tmp_path / "looks.jsonl") as watched:
+        output, _ = searching.distft("search", "search.yaml", "--name", "shared", timeout=900)
+        watched.wait_until_free()
+        assert watched.most("groups") == 2, "two trials at the same time, and never more"
+        assert watched.most("workers") == 2
+    run, trials = Run(searching.folder / "runs" / "shared"), trials_of(searching, "shared")
+    assert [trial.id for trial in trials] == ["000", "001", "002", "003"]
+    assert trials[0].params == {"train.learning_rate": 1e-3, "train.batch_size": 8}, "the job's own settings come first"
+    assert {trial.status for trial in trials} <= {"finished", "stopped"}
+    best = min(trials, key=lambda trial: trial.objective or 9.9)
+    assert best.checkpoint is not None
+    assert Path(best.checkpoint).is_dir()
+    assert f"Best {best.id}" in output
+    found = read_json(run.search / "summary.json")
+    assert found["best"]["params"] == best.params
+    assert found["tokens"] == sum(trial.tokens for trial in trials)
+    for picture in ("learning-curves.png", "parallel-coordinates.png"):
+        assert (run.search / picture).read_bytes().startswith(b"\x89PNG")
+    for trial in trials:  # each is a run like any other, of rows in the same order
+        curve = training_curve(run.search / "trials" / trial.id / "metrics.jsonl")
+        assert sum(line["tokens"] for line in curve) == trial.tokens
+        assert len(trial.values) >= 1
+    assert read_json(run.result)["test_looks"] == []
+
+
+@pytest.mark.slow
+def test_the_run_goes_on_from_the_best_trial(searching: Home) -> None:
+    """Its curve is the trial's and goes on on more workers; what is exported and scored is that model."""
+    searching.distft("search", "search.yaml", "--name", "grown", timeout=900)
+    searching.distft("run", "search.yaml", "--name", "grown", "--resume", timeout=900)
+    run = Run(searching.folder / "runs" / "grown")
+    best = read_json(run.result)["search"]
+    trial = next(one for one in trials_of(searching, "grown") if one.id == best["trial"])
+    curve = training_curve(run.metrics)
+    theirs = training_curve(run.search / "trials" / trial.id / "metrics.jsonl")
+    assert curve[: len(theirs)] == theirs
+    assert [line["step"] for line in curve] == list(range(1, curve[-1]["steps"] + 1))
+    assert read_json(run.result)["status"] == "finished"
+    searching.distft("audit", "grown")
+    alone = [f"--set={name}={value}" for name, value in trial.params.items()]
+    searching.distft("train", "search.yaml", "--name", "alone", "--set", "search=null", *alone, timeout=300)
+    for mine, line in zip(curve, searching.curve("alone"), strict=True):
+        assert mine["sample_digest"] == line["sample_digest"]
+        assert mine["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_twelve_trials_of_two_workers(searching: Home, cluster: Cluster, tmp_path: Path, nodes: int) -> None:
+    """ASHA on two CPUs, of one node or two: one trial at a time, half stopped early, nothing lost between them."""
+    name = f"twelve-{nodes}"
+    settings = ["--set", "search.trials=12", "--set", "search.workers_per_trial=2"]
+    place = cluster if nodes == 2 else Cluster(tmp_path / "r")
+    try:
+        if nodes == 1:
+            place.ray.remove_node(place.ray.head_node)
+            place.ray.add_node(num_cpus=2, include_dashboard=False, temp_dir=str(tmp_path / "r"))
+        home = Home(searching.folder, place.ray.address)
+        with Watched(place, tmp_path / "looks.jsonl") as watched:
+            began = time.time()
+            home.distft("search", "search.yaml", "--name", name, *settings, timeout=1400)
+            seconds = time.time() - began
+            watched.wait_until_free()
+            assert watched.most("groups") == 1
+            assert watched.most("workers") == 2
+    finally:
+        if nodes == 1:
+            place.ray.shutdown()
+    trials = trials_of(searching, name)
+    assert len(trials) == 12
+    assert sum(trial.status == "stopped" for trial in trials) >= 6
+    work = sum(trial.seconds for trial in trials)
+    print(f"{seconds:.0f} s for trials of {work:.0f} s together: {seconds / work:.3f}")
+    assert seconds <= 1.15 * work
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_after_its_driver_was_killed(searching: Home) -> None:
+    settings = ["--set", "search.trials=5", "--set", "search.workers_per_trial=2", "--set", "train.epochs=8"]
+    searching.distft("search", "search.yaml", "--name", "undisturbed", *settings, timeout=900)
+    process = searching.start("search", "search.yaml", "--name", "killed", *settings)
+    until = time.time() + 600
+    while sum(trial.status != "running" for trial in trials_of(searching, "killed")) < 2:
+        assert time.time() < until
+        time.sleep(0.5)
+    current = Run(searching.folder / "runs" / "killed" / "search" / "trials" / "002")
+    while len(training_curve(current.metrics)) < 5:
+        assert time.time() < until
+        time.sleep(0.2)
+    process.kill()
+    process.communicate()
+    before = trials_of(searching, "killed")
+    assert [trial.status for trial in before].count("running") == 1
+    searching.distft("search", "search.yaml", "--name", "killed", "--resume", *settings, timeout=900)
+    after, undisturbed = trials_of(searching, "killed"), trials_of(searching, "undisturbed")
+    for trial in before:
+        if trial.status != "running":
+            assert trial in after, "no finished trial is repeated"
+    assert [told(trial) for trial in after] == [told(trial) for trial in undisturbed]
+
+
+@pytest.mark.slow
+def test_trials_that_fail_are_told_and_the_search_goes_on(searching: Home, cluster: Cluster) -> None:
+    """One raises, one's loss is not a number, one's worker is killed, one runs out of memory."""
+    space = {
+        "train.learning_rate": {"choice": [1e-3, 2e-3, 1e30]},
+        "data.max_tokens": {"choice": [64, 4000]},  # the model has room for 128
+    }
+    settings = [
+        *("--set", f"search.space={json.dumps(space)}", "--set", "search.algorithm=grid"),
+        *("--set", "search.scheduler={kind: none}", "--set", "search.workers_per_trial=2"),
+        *("--set", "search.trials=6", "--set", "train.epochs=20", "--set", "train.micro_batch_size=4"),
+    ]
+    process = searching.start("search", "search.yaml", "--name", "failing", *settings)
+    run = Run(searching.folder / "runs" / "failing")
+
+    def ranks(trial: str) -> list[int]:
+        """The processes of a trial that is at work."""
+        its = Run(run.search / "trials" / trial)
+        until = time.time() + 300
+        while len(training_curve(its.metrics)) < 10:
+            assert time.time() < until
+            assert process.poll() is None
+            time.sleep(0.1)
+        return [place.pid for place in read_places(its, read_json(its.group))]
+
+    os.kill(ranks("000")[1], signal.SIGKILL)
+    for pid in ranks("002"):
+        psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (1 << 20, 1 << 20))
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    by_id = {trial.id: trial for trial in trials_of(searching, "failing")}
+    assert {name: trial.status for name, trial in by_id.items()} == {
+        "000": "finished",
+        "001": "failed",
+        "002": "finished",
+        "003": "failed",
+        "004": "failed",
+        "005": "failed",
+    }
+    assert "4000" in (by_id["001"].reason or "")
+    assert "nan" in (by_id["004"].reason or "") or "inf" in (by_id["004"].reason or "")
+    events = [line["event"] for line in read_lines(run.search / "trials" / "000" / "metrics.jsonl") if "event" in line]
+    assert "lost" in events
+    events = [line["event"] for line in read_lines(run.search / "trials" / "002" / "metrics.jsonl") if "event" in line]
+    assert "out_of_memory" in events
+    assert "raylet" not in output + errors

@@ -44,7 +44,7 @@ from tests.distributed import tiny  # noqa: E402
 BASELINE = ROOT / "benchmarks" / "baselines" / "search.json"
 
 #: From far too low to far too high for the tiny model.
-LOW, HIGH = 1e-4, 3.0
+LOW, HIGH = 1e-4, 1.0
 SEARCH = {
     "space": {"train.learning_rate": {"log_uniform": [LOW, HIGH]}},
     "trials": 20,

@@ -19,7 +19,7 @@ from distft.orchestrate import cluster
 from distft.orchestrate.cluster import Node, check_capacity, worker_resources
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
-from distft.orchestrate.search_setup import DATA_SECTIONS, SearchSetup
+from distft.orchestrate.search_setup import SearchSetup
 from distft.orchestrate.signals import Asked, stopping
 from distft.orchestrate.training import Training
 from distft.orchestrate.trials import Trials
@@ -29,7 +29,7 @@ from distft.tuning.importance import importance
 from distft.tuning.labels import settings
 from distft.tuning.pictures import write_pictures
 from distft.tuning.rungs import most_tokens, rungs
-from distft.tuning.space import section
+from distft.tuning.space import changes_data, section
 from distft.tuning.summary import summary
 from distft.tuning.trials import Trial, best_trial
 from distft.world import cache_folder
@@ -105,7 +105,13 @@ def _promote(setup: SearchSetup, trials: Trials, top: int, workers: int, listene
         listener.note(f"  trial {trial.id} goes on to its end on {workers} workers")
         job = setup.trial_job(trial.params, workers)
         training = Training(
-            job, setup.trial_run(trial.id), setup.begun(trial.id, job), setup.need, SILENT, asked, setup.rungs
+            job,
+            setup.trial_run(trial.id),
+            setup.begun(trial.id, trial.params, job),
+            setup.need,
+            SILENT,
+            asked,
+            setup.rungs,
         )
         trials.take_up(trial.id)
         try:
@@ -149,7 +155,7 @@ def winner(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener
         _adopt(job, Run(run.search / "trials" / best.id), run)
         write_json(run.resolved, {**resolved, "search": best.params})
     found = job_of(run)
-    if any(getattr(found, part) != getattr(job, part) for part in DATA_SECTIONS):
+    if changes_data(read_json(run.resolved)["search"]):
         data = prepare(found, listener)
         write_json(run.card, card_of(data))
     return found, data

@@ -11,11 +11,8 @@ from distft.orchestrate.data import Data
 from distft.runs import Run, read_lines, training_curve, write_json
 from distft.task.prepare import prepare
 from distft.train.folder import begin
-from distft.tuning.space import section, trial_job
+from distft.tuning.space import changes_data, section, trial_job
 from distft.tuning.trials import Params
-
-#: Sections of the job that its prepared data depend on.
-DATA_SECTIONS = ("seed", "model", "task", "data")
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,13 @@ class SearchSetup:
         }
         return Job.from_values(values, self.job.folder)
 
-    def begun(self, trial: str, job: Job) -> Data:
+    def begun(self, trial: str, params: Params, job: Job) -> Data:
         """What a trial works on; its run's folder is there from now on.
 
         Data of its own are prepared in this process: tasks would wait for the cores that the trial holds.
         """
         data, run = self.data, self.trial_run(trial)
-        if any(getattr(job, part) != getattr(self.job, part) for part in DATA_SECTIONS):
+        if changes_data(params):
             data = Data(data.model, prepare(job, data.model))
         if not run.job.exists():
             begin(job, run)

@@ -15,7 +15,6 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from distft.config import Job
 from distft.errors import DistftError
 from distft.orchestrate.fit import log_to
 from distft.orchestrate.listener import SILENT
@@ -25,7 +24,7 @@ from distft.orchestrate.training import ENDING_SECONDS, LOOK_SECONDS, Training
 from distft.orchestrate.watch import in_background
 from distft.runs import read_new_lines
 from distft.train import Outcome
-from distft.tuning.trials import Status
+from distft.tuning.trials import Params, Status
 
 #: How a trial ended that somebody stopped, and that goes on later: no status of a search.
 INTERRUPTED = "interrupted"
@@ -76,12 +75,13 @@ class TrialActor(Trainable):  # type: ignore[misc]  # Ray's types are not read
         self._offset, self._asked = 0, Asked()
         self._heard: deque[Validation] = deque()
         self._told: list[Validation] = []
-        self._training: Future[Outcome] = in_background(lambda: self._train(setup.trial_job(config["params"])))
+        self._training: Future[Outcome] = in_background(lambda: self._train(config["params"]))
 
-    def _train(self, job: Job) -> Outcome:
+    def _train(self, params: Params) -> Outcome:
         """The trial's training, from its newest checkpoint where it has one."""
         setup = self._setup
-        data = setup.begun(self._name, job)
+        job = setup.trial_job(params)
+        data = setup.begun(self._name, params, job)
         return Training(job, self._run, data, setup.need, SILENT, self._asked, setup.rungs).run()
 
     def _hear(self) -> None:

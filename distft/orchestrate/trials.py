@@ -100,13 +100,14 @@ class Trials:
         """A trial has ended, by itself or stopped; its checkpoints are pruned together with those of the others."""
         trial = dataclasses.replace(self._trials[name], status=status, reason=reason)
         self._keep(self._counted(self._timed(trial)))
-        self._prune()
         self._began.pop(name, None)
+        self._prune([name])
 
     def recount(self) -> None:
         """Counts what each trial has used once more: those that were stopped made a step or two until they heard."""
         for trial in self.ended:
             self._keep(self._counted(trial))
+        self._prune([trial.id for trial in self.ended])
 
     def leave(self, name: str) -> None:
         """A trial was interrupted: it is taken up again when the search is."""
@@ -141,12 +142,16 @@ class Trials:
         storage = storage_of(self._setup.trial_job(trial.params), run)
         return complete(storage, signing_key(run, storage))
 
-    def _prune(self) -> None:
-        """Keeps, of the trials that ended, newest and best checkpoints of the best ones, as far as they have room."""
+    def _prune(self, changed: Sequence[str]) -> None:
+        """Keeps, of the trials that ended, newest and best checkpoints of the best ones, as far as they have room.
+
+        Args:
+            changed: Trials that may have checkpoints which are not known of yet.
+        """
         room, ranked = self._setup.budget_bytes, self.ranked
         for trial in [*ranked, *(one for one in self.ended if one not in ranked)]:
-            if trial.checkpoint is None and trial.id not in self._began:
-                continue  # it has none, or they are gone already
+            if trial.checkpoint is None and trial.id not in changed:
+                continue
             found = self.checkpoints(trial)
             kept = [one for one in found if one not in spare(found)] if trial in ranked else []
             if sum(one.bytes for one in kept) > room:

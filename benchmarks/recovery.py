@@ -32,8 +32,8 @@ from benchmarks.provenance import provenance  # noqa: E402
 from distft.ledger.audit import audit  # noqa: E402
 from distft.ledger.goodput import goodput  # noqa: E402
 from distft.ledger.plan import plan_of  # noqa: E402
-from distft.orchestrate import faults  # noqa: E402
-from distft.orchestrate.disturbance import Driver  # noqa: E402
+from distft.orchestrate.proof import faults  # noqa: E402
+from distft.orchestrate.proof.disturbance import Driver  # noqa: E402
 from distft.runs import Run, read_json, read_lines  # noqa: E402
 from distft.train.folder import job_of  # noqa: E402
 

@@ -100,7 +100,7 @@ class Bench:
 
 def searched(bench: Bench, seed: int) -> list[Trial]:
     """A search as the driver makes it, one trial at a time."""
-    from distft.orchestrate.tuner import scheduler_of
+    from distft.orchestrate.search.tuner import scheduler_of
 
     job = tiny.job(bench.folder, f"seed={seed}", train=TRAIN, search=SEARCH)
     assert job.search is not None
@@ -157,7 +157,7 @@ def planted(seeds: int) -> dict[str, Any]:
 
 def decisions(count: int = 1000) -> dict[str, float]:
     """Decisions per second with so many trials known, at ten rungs each."""
-    from distft.orchestrate.tuner import scheduler_of
+    from distft.orchestrate.search.tuner import scheduler_of
 
     with tempfile.TemporaryDirectory() as folder:
         job = tiny.job(Path(folder), train=TRAIN, search={**SEARCH, "trials": count + 1})

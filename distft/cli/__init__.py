@@ -258,7 +258,7 @@ def verify(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None:
     """Prove on this job, made small, that workers, ZeRO stages, micro-batches and a kill change nothing."""
     from distft.cli.proofs import console, verify_lines, verify_table
     from distft.orchestrate.listener import SILENT
-    from distft.orchestrate.verify import verify as prove
+    from distft.orchestrate.proof.verify import verify as prove
 
     loaded = _load(job, set_)
     with _view() as view:
@@ -290,8 +290,8 @@ def chaos(
 ) -> None:
     """Run the job while killing its workers, nodes and driver; tell what each cost and that nothing was lost."""
     from distft.cli.proofs import chaos_lines, chaos_table, console, goodput_table
-    from distft.orchestrate.chaos import chaos as disturb
     from distft.orchestrate.listener import SILENT
+    from distft.orchestrate.proof.chaos import chaos as disturb
 
     _load(job, set_)
     with _view() as view:

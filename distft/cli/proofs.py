@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from distft.ledger.audit import Audit, Disagreement
     from distft.ledger.blame import Blame
     from distft.ledger.goodput import Goodput
-    from distft.orchestrate.chaos import Report
-    from distft.orchestrate.verify import Proof
+    from distft.orchestrate.proof.chaos import Report
+    from distft.orchestrate.proof.verify import Proof
 
 #: The most steps and rows that a message names.
 NAMED_STEPS, NAMED_ROWS, NAMED_SOURCES = 5, 8, 3

@@ -12,10 +12,10 @@ from distft.errors import Interrupted, JobError
 from distft.orchestrate.cluster import Node, check_capacity, connected, joined, worker_resources, workers_of
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
-from distft.orchestrate.search import search as search_stage
-from distft.orchestrate.search import winner
+from distft.orchestrate.search.stage import search as search_stage
+from distft.orchestrate.search.stage import winner
 from distft.orchestrate.signals import interruptible
-from distft.orchestrate.training import train as train_stage
+from distft.orchestrate.train.training import train as train_stage
 from distft.runs import Run, read_json, update_result, write_json
 from distft.train.folder import begin, run_folder
 from distft.world import runs_folder

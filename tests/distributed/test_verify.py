@@ -13,8 +13,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from distft.cli import main
-from distft.orchestrate.trial import Case, Trial, make_trial
-from distft.orchestrate.verify import BOUND, CASES, KILLED, RESUMED, prove
+from distft.orchestrate.proof.trial import Case, Trial, make_trial
+from distft.orchestrate.proof.verify import BOUND, CASES, KILLED, RESUMED, prove
 from distft.runs import training_curve
 from tests.distributed import tiny
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from distft.orchestrate.places import read_places
+from distft.orchestrate.train.places import read_places
 from distft.runs import Run, read_json, read_lines, training_curve
 from distft.tuning.trials import Trial, read_trials
 from tests.distributed import tiny

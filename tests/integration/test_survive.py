@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from distft.orchestrate.cluster import MARKET
-from distft.orchestrate.places import Place, read_places
+from distft.orchestrate.train.places import Place, read_places
 from distft.runs import Run, read_json, read_lines, training_curve
 from tests.distributed import tiny
 from tests.integration.conftest import Home

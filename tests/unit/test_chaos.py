@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.errors import JobError
-from distft.orchestrate import faults
-from distft.orchestrate.chaos import compare
-from distft.orchestrate.disturbance import KINDS, Struck, aftermath, plan
+from distft.orchestrate.proof import faults
+from distft.orchestrate.proof.chaos import compare
+from distft.orchestrate.proof.disturbance import KINDS, Struck, aftermath, plan
 from distft.runs import Run, write_json
 from tests.distributed import tiny
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from distft.orchestrate.failure import failure_of
-from distft.orchestrate.places import Place, _process, _states, read_places
-from distft.orchestrate.policy import Failure
-from distft.orchestrate.stall import START_SECONDS, StallClock, explain, training_stack
+from distft.orchestrate.train.failure import failure_of
+from distft.orchestrate.train.places import Place, _process, _states, read_places
+from distft.orchestrate.train.policy import Failure
+from distft.orchestrate.train.stall import START_SECONDS, StallClock, explain, training_stack
 from distft.runs import Run, write_json
 from distft.train.watchdog import Watchdog
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from distft.orchestrate.policy import (
+from distft.orchestrate.train.policy import (
     PREEMPTIONS_WITHOUT_PROGRESS,
     Decision,
     Failure,

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from distft.config import Job
 from distft.orchestrate.data import Data
 from distft.orchestrate.listener import Silent
-from distft.orchestrate.search_setup import SearchSetup
-from distft.orchestrate.trials import Trials
-from distft.orchestrate.tuner import scheduler_of
+from distft.orchestrate.search.setup import SearchSetup
+from distft.orchestrate.search.trials import Trials
+from distft.orchestrate.search.tuner import scheduler_of
 from distft.runs import Run, append_line
 from distft.tuning.progress import SearchProgress
 from distft.tuning.rungs import rungs

@@ -17,10 +17,10 @@ from typing import Any
 
 from distft.config import Job
 from distft.errors import RunError
-from distft.orchestrate import trial as trials
 from distft.orchestrate.listener import SILENT, Listener
-from distft.orchestrate.ranks import run_ranks
-from distft.orchestrate.trial import KILLED_AFTER, STEPS, Case, Trial
+from distft.orchestrate.proof import trial as trials
+from distft.orchestrate.proof.ranks import run_ranks
+from distft.orchestrate.proof.trial import KILLED_AFTER, STEPS, Case, Trial
 from distft.runs import training_curve
 
 #: The largest relative error of loss and gradient norm in fp32 (contract, invariant 2).

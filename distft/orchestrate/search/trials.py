@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from distft.checkpoint import Checkpoint, complete, signing_key, spare, storage_of
 from distft.orchestrate.listener import Listener
-from distft.orchestrate.search_setup import SearchSetup
+from distft.orchestrate.search.setup import SearchSetup
 from distft.runs import training_curve
 from distft.tuning.progress import SearchProgress, seconds_left
 from distft.tuning.space import ask, section, space_points

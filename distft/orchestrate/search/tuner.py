@@ -15,11 +15,11 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
 from distft.config import SearchSection
-from distft.orchestrate.fit import logged_to
-from distft.orchestrate.search_setup import SearchSetup
+from distft.orchestrate.search.setup import SearchSetup
+from distft.orchestrate.search.trainable import INTERRUPTED, TrialActor
+from distft.orchestrate.search.trials import Trials
 from distft.orchestrate.signals import Asked
-from distft.orchestrate.trainable import INTERRUPTED, TrialActor
-from distft.orchestrate.trials import Trials
+from distft.orchestrate.train.fit import logged_to
 from distft.runs import StopRequest
 from distft.tuning.space import section
 from distft.tuning.trials import Trial

@@ -1,4 +1,4 @@
-"""What Ray Train says of workers that failed, read as a :class:`~distft.orchestrate.policy.Failure`."""
+"""What Ray Train says of workers that failed, read as a :class:`~.policy.Failure`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from distft.orchestrate.policy import Failure, Kind
+from distft.orchestrate.train.policy import Failure, Kind
 
 #: How torch, its allocators and Ray say that memory ran out: PyTorch's CUDA and CPU allocators
 #: (c10/cuda/CUDACachingAllocator.cpp, c10/core/impl/alloc_cpu.cpp), and Ray's memory monitor.

@@ -19,9 +19,9 @@ from distft.errors import JobError
 from distft.ledger.audit import Audit, audit
 from distft.ledger.goodput import Goodput, goodput
 from distft.ledger.plan import plan_of
-from distft.orchestrate import faults
-from distft.orchestrate.disturbance import Disturbance, Driver, Struck, aftermath
 from distft.orchestrate.listener import SILENT, Listener
+from distft.orchestrate.proof import faults
+from distft.orchestrate.proof.disturbance import Disturbance, Driver, Struck, aftermath
 from distft.runs import Run, decision, read_lines, training_curve
 from distft.train.folder import job_of
 

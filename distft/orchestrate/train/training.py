@@ -14,11 +14,11 @@ from distft.orchestrate import cluster
 from distft.orchestrate.cluster import Node, worker_resources, workers_of
 from distft.orchestrate.data import Data
 from distft.orchestrate.listener import Listener
-from distft.orchestrate.places import clear, read_places, states
-from distft.orchestrate.policy import Failure, GiveUp, HalveMicroBatch, Kind, decide
 from distft.orchestrate.signals import Asked, stopping
-from distft.orchestrate.stall import STACK_SECONDS, StallClock, explain
-from distft.orchestrate.watch import Requests, Watch, in_background
+from distft.orchestrate.train.places import clear, read_places, states
+from distft.orchestrate.train.policy import Failure, GiveUp, HalveMicroBatch, Kind, decide
+from distft.orchestrate.train.stall import STACK_SECONDS, StallClock, explain
+from distft.orchestrate.train.watch import Requests, Watch, in_background
 from distft.runs import (
     Run,
     StopRequest,
@@ -158,7 +158,7 @@ class Training:
 
     def _one_group(self, workers: int) -> Outcome | Failure:
         """Runs one group of workers to its end, with an eye on it and on the cluster."""
-        from distft.orchestrate.fit import Assignment, fit
+        from distft.orchestrate.train.fit import Assignment, fit
 
         stall = self._job.cluster.stall_seconds
         set_seconds = None if stall == "auto" else stall

@@ -19,10 +19,10 @@ from distft.orchestrate import cluster
 from distft.orchestrate.cluster import Node, check_capacity, worker_resources
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
-from distft.orchestrate.search_setup import SearchSetup
+from distft.orchestrate.search.setup import SearchSetup
+from distft.orchestrate.search.trials import Trials
 from distft.orchestrate.signals import Asked, stopping
-from distft.orchestrate.training import Training
-from distft.orchestrate.trials import Trials
+from distft.orchestrate.train.training import Training
 from distft.runs import Run, read_json, update_result, write_json
 from distft.train.folder import job_of
 from distft.tuning.importance import importance
@@ -54,7 +54,7 @@ def search(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener
         Interrupted: Somebody asked to stop.
         RunError: No trial succeeded.
     """
-    from distft.orchestrate.tuner import run_trials  # Ray Tune takes a while to import
+    from distft.orchestrate.search.tuner import run_trials  # Ray Tune takes a while to import
 
     asked_for, need = section(job), worker_resources(job, nodes)
     for workers, key in _workers(asked_for):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distft.orchestrate.places import Place
+from distft.orchestrate.train.places import Place
 from distft.runs import Run
 from distft.train.watchdog import stall_seconds
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from distft.orchestrate import cluster
-from distft.orchestrate.places import Place, read_places
+from distft.orchestrate.train.places import Place, read_places
 from distft.runs import Run, StopRequest
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 from distft.config import Job
 from distft.errors import JobError, RunError
 from distft.ledger.goodput import BEGINNINGS
-from distft.orchestrate import faults
 from distft.orchestrate.listener import Listener
+from distft.orchestrate.proof import faults
 from distft.runs import Run, read_new_lines
 
 Record = dict[str, Any]

@@ -1,6 +1,6 @@
 """One group of workers as Ray Train: a TorchTrainer around the worker function that also runs under torchrun.
 
-Ray Train starts the group once and tells how it ended; what comes next is :mod:`distft.orchestrate.policy`'s to say.
+Ray Train starts the group once and tells how it ended; what comes next is :mod:`.policy`'s to say.
 Checkpoints are ours, so Ray's snapshot of a run is never read: each group has a Ray name of its own.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 from distft.config import Job
 from distft.errors import DistftError
-from distft.orchestrate.failure import failure_of
-from distft.orchestrate.places import group_name, write_place
-from distft.orchestrate.policy import Failure
+from distft.orchestrate.train.failure import failure_of
+from distft.orchestrate.train.places import group_name, write_place
+from distft.orchestrate.train.policy import Failure
 from distft.runs import Run
 from distft.train import Attempt, Outcome
 from distft.world import World
@@ -116,7 +116,7 @@ def fit(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from distft.orchestrate.trainer import Torch, Trainer
+    from distft.orchestrate.train.trainer import Torch, Trainer
 
     run, gpus = assignment.run, need.get("GPU", 0) > 0
     trainer = Trainer(

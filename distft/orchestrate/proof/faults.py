@@ -21,7 +21,7 @@ from distft.checkpoint import Folder, storage_of
 from distft.config import Job
 from distft.errors import CapacityError
 from distft.orchestrate.cluster import workers_of
-from distft.orchestrate.places import Place, read_places
+from distft.orchestrate.train.places import Place, read_places
 from distft.runs import Run, read_json
 
 #: The most nodes that are started on this machine; each is some processes that take memory.

@@ -1,0 +1,1 @@
+"""Search on the cluster: Ray Tune over trials, each a training of its own."""

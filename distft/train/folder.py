@@ -41,11 +41,16 @@ def begin(job: Job, run: Run) -> None:
 #: Sections that make the loss curve. Others may change on resume: workers, ZeRO stage, checkpoints, tracking.
 CURVE = ("seed", "model", "task", "data", "train")
 
+#: What the trials of a search were chosen and compared by; there may be more of them on resume, and on more workers.
+SEARCH = ("space", "objective", "algorithm", "scheduler")
+
 
 def _check_unchanged(job: Job, run: Run) -> None:
     """A resumed run is the same run only while what makes its curve is the same."""
     before, now = read_json(run.resolved)["job"], job.dump()
     changed = [section for section in CURVE if before[section] != now[section]]
+    if before["search"] and now["search"]:
+        changed += [f"search.{part}" for part in SEARCH if before["search"][part] != now["search"][part]]
     if changed:
         raise JobError(
             f"the job has changed since this run began, in: {', '.join(changed)}",

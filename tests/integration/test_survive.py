@@ -56,13 +56,13 @@ def draw() -> random.Random:
 
 
 class Cluster:
-    """Ray nodes of one CPU each on this machine; the head has one too."""
+    """Ray nodes of one CPU each on this machine; the head has one too, or more."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cpus: int = 1) -> None:
         from ray.cluster_utils import Cluster as RayCluster
 
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # else a busy machine starves the workers
-        head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": str(folder)}
+        head = {"num_cpus": cpus, "include_dashboard": False, "temp_dir": str(folder)}
         self.ray = RayCluster(initialize_head=True, head_node_args=head)
         self.others: list[Any] = []
         self.folder = folder

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distft.config import Job
+from distft.errors import JobError
 from distft.orchestrate.data import Data
 from distft.orchestrate.listener import Silent
 from distft.orchestrate.search.setup import SearchSetup
 from distft.orchestrate.search.trials import Trials
 from distft.orchestrate.search.tuner import scheduler_of
 from distft.runs import Run, append_line
+from distft.train.folder import begin, run_folder
 from distft.tuning.progress import SearchProgress
 from distft.tuning.rungs import rungs
 from distft.tuning.space import section
@@ -112,6 +114,19 @@ def test_settings_follow_from_the_trials_known_whoever_asks(tmp_path: Path) -> N
             trials.validated(trial.id, 1000, 10, 3.0 + (number * 7) % 5)
             trials.end(trial.id, "finished")
     assert params[0::2] == params[1::2]
+
+
+def test_a_search_is_resumed_as_it_was(tmp_path: Path) -> None:
+    """With other settings, or compared otherwise, the trials of before would say nothing."""
+    job = job_with(RATES, trials=4)
+    begin(job, run_folder(job, tmp_path, "one", resume=False))
+    assert run_folder(job_with(RATES, trials=8, workers_per_trial=2), tmp_path, "one", resume=True).name == "one"
+    other = {"train.learning_rate": {"log_uniform": [1e-6, 1e-2]}}
+    for changed, part in ((job_with(other), "space"), (job_with(RATES, algorithm="random"), "algorithm")):
+        with pytest.raises(JobError, match=rf"has changed since this run began, in: search\.{part}\n"):
+            run_folder(changed, tmp_path, "one", resume=True)
+    with pytest.raises(JobError, match="in: train"):
+        run_folder(job_with(RATES, train={"weight_decay": 0.5}), tmp_path, "one", resume=True)
 
 
 class Known:

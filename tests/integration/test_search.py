@@ -146,6 +146,22 @@ def test_trials_share_the_cluster_and_leave_nothing_behind(searching: Home, clus
     assert read_json(run.result)["test_looks"] == []
 
 
+def test_more_workers_than_the_cluster_has_are_refused_before_a_trial(searching: Home) -> None:
+    settings = ("--name", "large", "--set", "search.workers_per_trial=3")
+    _, errors = searching.distft("search", "search.yaml", *settings, status=4)
+    assert "search.workers_per_trial: 3 workers of 1 CPU are asked for, and the cluster holds 2" in errors
+    assert not Run(searching.folder / "runs" / "large").trials.exists()
+
+
+@pytest.mark.slow
+def test_a_search_fails_when_no_trial_succeeds(searching: Home) -> None:
+    space = json.dumps({"train.weight_decay": {"choice": [1e36, 1e37]}})  # beyond fp32 at the second step
+    settings = ("--set", f"search.space={space}", "--set", "search.algorithm=grid")
+    _, errors = searching.distft("search", "search.yaml", "--name", "none", *settings, status=5, timeout=300)
+    assert "no trial succeeded" in errors
+    assert "trial 000" in errors
+
+
 @pytest.mark.slow
 def test_the_run_goes_on_from_the_best_trial(searching: Home) -> None:
     """Its curve is the trial's and goes on on more workers; what is exported and scored is that model."""
@@ -233,7 +249,7 @@ def test_a_search_goes_on_after_its_driver_was_killed(searching: Home) -> None:
 def test_trials_that_fail_are_told_and_the_search_goes_on(searching: Home, cluster: Cluster) -> None:
     """One raises, one's loss is not a number, one's worker is killed, one runs out of memory."""
     space = {
-        "train.learning_rate": {"choice": [1e-3, 2e-3, 1e30]},
+        "train.weight_decay": {"choice": [0.0, 0.01, 1e36]},  # the last is beyond fp32 at the second step
         "data.max_tokens": {"choice": [64, 4000]},  # the model has room for 128
     }
     settings = [

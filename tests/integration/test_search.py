@@ -40,6 +40,8 @@ search:
   workers_per_trial: 1
 """
 
+ADAPTER = "model.adapter={kind: lora, rank: 4}"
+
 WATCH = """
 import json, sys, time
 import psutil, ray
@@ -155,8 +157,8 @@ def test_more_workers_than_the_cluster_has_are_refused_before_a_trial(searching:
 
 @pytest.mark.slow
 def test_a_search_fails_when_no_trial_succeeds(searching: Home) -> None:
-    space = json.dumps({"train.weight_decay": {"choice": [1e36, 1e37]}})  # beyond fp32 at the second step
-    settings = ("--set", f"search.space={space}", "--set", "search.algorithm=grid")
+    space = json.dumps({"model.adapter.alpha": {"choice": [1e37, 1e38]}})  # beyond fp32 at the second step
+    settings = ("--set", f"search.space={space}", "--set", "search.algorithm=grid", "--set", ADAPTER)
     _, errors = searching.distft("search", "search.yaml", "--name", "none", *settings, status=5, timeout=300)
     assert "no trial succeeded" in errors
     assert "trial 000" in errors
@@ -249,13 +251,14 @@ def test_a_search_goes_on_after_its_driver_was_killed(searching: Home) -> None:
 def test_trials_that_fail_are_told_and_the_search_goes_on(searching: Home, cluster: Cluster) -> None:
     """One raises, one's loss is not a number, one's worker is killed, one runs out of memory."""
     space = {
-        "train.weight_decay": {"choice": [0.0, 0.01, 1e36]},  # the last is beyond fp32 at the second step
+        "model.adapter.alpha": {"choice": [32, 33, 1e38]},  # the last is beyond fp32 at the second step
         "data.max_tokens": {"choice": [64, 4000]},  # the model has room for 128
     }
     settings = [
         *("--set", f"search.space={json.dumps(space)}", "--set", "search.algorithm=grid"),
         *("--set", "search.scheduler={kind: none}", "--set", "search.workers_per_trial=2"),
         *("--set", "search.trials=6", "--set", "train.epochs=20", "--set", "train.micro_batch_size=4"),
+        *("--set", ADAPTER),
     ]
     process = searching.start("search", "search.yaml", "--name", "failing", *settings)
     run = Run(searching.folder / "runs" / "failing")

@@ -230,14 +230,14 @@ def overhead(repeats: int) -> dict[str, Any]:
 
 
 def compared(prepared: Path, own: Run, found: Run) -> dict[str, Any]:
-    """How much the test loss of one run's export is above another's, over the same rows, documents drawn in pairs."""
+    """The test loss of one run's export minus another's, over the same 32 rows, documents drawn in pairs."""
     from distft import evaluation
     from distft.data.order import sampled_rows
     from distft.data.store import Prepared
     from distft.train.folder import job_of
 
     job, rows, scored = job_of(own), Prepared.open(prepared).rows("test"), []
-    work = evaluation.units(rows, sampled_rows(len(rows), 64, job.seed), samples=64, seed=job.seed, max_new_tokens=None)
+    work = evaluation.units(rows, sampled_rows(len(rows), 32, job.seed), samples=32, seed=job.seed, max_new_tokens=None)
     for run in (own, found):
         subject = evaluation.Subject(run.export, prepared, "test", job.task.kind, "fp32", ("loss",), 1)
         scored.append(evaluation.merge(one for part in evaluation.score(subject, work) for one in part.scores))
@@ -245,7 +245,7 @@ def compared(prepared: Path, own: Run, found: Run) -> dict[str, Any]:
 
 
 def quickstart() -> dict[str, Any]:
-    """``launch/search.yaml`` whole, and the job's own settings alone; both scored on the same rows of test."""
+    """``launch/search.yaml`` whole; its first trial has the job's own settings, and is what the best is compared with."""
     from distft.model import materialise
     from distft.task.prepare import prepare
 
@@ -255,17 +255,17 @@ def quickstart() -> dict[str, Any]:
         distft("search", job, "--name", "search", runs=runs)
         seconds = time.perf_counter() - began
         distft("run", job, "--name", "search", "--resume", runs=runs)
-        distft("run", job, "--name", "own", "--set", "search=null", runs=runs)
-        trials, loaded = read_trials(Run(runs / "search").trials), Job.load(job)
+        found = Run(runs / "search")
+        own = Run(found.search / "trials" / "000")
+        subprocess.run([sys.executable, "-m", "distft", "export", str(own.folder)], check=True)
+        loaded = Job.load(job)
         prepared = prepare(loaded, materialise(loaded.model, loaded.folder))  # from the cache
-        found, own = (read_json(runs / name / "evaluation.json") for name in ("search", "own"))
         return {
             "search_seconds": seconds,
-            "trials": [{**dataclasses.asdict(trial), "checkpoint": None} for trial in trials],
-            "summary": read_json(Run(runs / "search").search_summary),
-            "validation": {"found": found["best"]["validation"], "own": own["best"]["validation"]},
-            "test": {"found": found["best"]["test"], "own": own["best"]["test"], "over_base": found["difference"]},
-            "found_minus_own_on_64_rows_of_test": compared(prepared, Run(runs / "own"), Run(runs / "search")),
+            "trials": [{**dataclasses.asdict(trial), "checkpoint": None} for trial in read_trials(found.trials)],
+            "summary": read_json(found.search_summary),
+            "evaluation": read_json(found.evaluation),
+            "test_loss_of_best_minus_own_settings": compared(prepared, own, found),
         }
 
 

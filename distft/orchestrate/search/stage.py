@@ -66,7 +66,9 @@ def search(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener
     rows = prepared.rows("train")
     most = most_tokens(job, len(rows), rows.tokens(np.arange(len(rows))))
     levels = rungs(most, asked_for.scheduler.grace, asked_for.scheduler.reduction)
-    share = job.checkpoint.budget_bytes // (_capacity(asked_for, need) + 1)
+    free = storage_of(job, run).free_bytes()
+    budget = min(job.checkpoint.budget_bytes, *([] if free is None else [free]))  # a full disk would fail every trial
+    share = budget // (_capacity(asked_for, need) + 1)
     setup = SearchSetup(job, run, data, need, levels, share, cache_folder().resolve())
     trials = Trials(setup, lambda: _capacity(asked_for, need), most, listener)
     with stopping(listener.note) as asked:

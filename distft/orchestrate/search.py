@@ -5,20 +5,17 @@ Each trial is a run of its own under ``search/trials``; see :mod:`.tuner` for ho
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
-
 import numpy as np
 
-from distft.checkpoint import Folder, complete, signing_key, storage_of
 from distft.config import Bounds, Job, SearchSection
 from distft.data.store import Prepared
 from distft.errors import DataError, DistftError, Interrupted, RunError
 from distft.orchestrate import cluster
+from distft.orchestrate.adopt import adopt
 from distft.orchestrate.cluster import Node, check_capacity, worker_resources
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
+from distft.orchestrate.population import Population
 from distft.orchestrate.search_setup import SearchSetup
 from distft.orchestrate.signals import Asked, stopping
 from distft.orchestrate.training import Training
@@ -28,7 +25,7 @@ from distft.train.folder import job_of
 from distft.tuning.importance import importance
 from distft.tuning.labels import settings
 from distft.tuning.pictures import write_pictures
-from distft.tuning.rungs import most_tokens, rungs
+from distft.tuning.rungs import even_rungs, most_tokens, rungs
 from distft.tuning.space import changes_data, section
 from distft.tuning.summary import summary
 from distft.tuning.trials import Trial, best_trial
@@ -65,10 +62,12 @@ def search(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener
         raise DataError("there is no validation row to compare trials on", where="data.splits.validation")
     rows = prepared.rows("train")
     most = most_tokens(job, len(rows), rows.tokens(np.arange(len(rows))))
-    levels = rungs(most, asked_for.scheduler.grace, asked_for.scheduler.reduction)
-    share = job.checkpoint.budget_bytes // (_capacity(asked_for, need) + 1)
+    scheduler, populous = asked_for.scheduler, asked_for.scheduler.kind == "pbt"
+    levels = even_rungs(most, scheduler.grace) if populous else rungs(most, scheduler.grace, scheduler.reduction)
+    begun = asked_for.trials if populous else _capacity(asked_for, need)  # at the same time, before any has ended
+    share = job.checkpoint.budget_bytes // (begun + 1)
     setup = SearchSetup(job, run, data, need, levels, share, cache_folder().resolve())
-    trials = Trials(setup, lambda: _capacity(asked_for, need), most, listener)
+    trials = (Population if populous else Trials)(setup, lambda: _capacity(asked_for, need), most, listener)
     with stopping(listener.note) as asked:
         if trials.to_come:
             run_trials(setup, trials, asked)
@@ -133,7 +132,8 @@ def _conclude(setup: SearchSetup, trials: Trials) -> Trial:
         told = "; ".join(f"trial {name}: {reason}" for reason, name in reversed(reasons.items()))
         raise RunError(f"no trial succeeded: {told}", where=str(run.search), fix="mend what stopped them")
     write_pictures(run, asked_for, trials.all)
-    found = summary(asked_for, trials.all, importance=importance(setup.job, trials.all))
+    constant = [trial for trial in trials.all if not trial.exploits]  # of the others, no one setting made the model
+    found = summary(asked_for, trials.all, importance=importance(setup.job, constant))
     write_json(run.search_summary, found)
     update_result(run, search=found["best"])
     return best
@@ -152,34 +152,11 @@ def winner(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener
     if "search" not in resolved:
         best = search(job, run, data, nodes, listener)
         listener.note(f"  trial {best.id} is the best: {settings(best.params)}")
-        _adopt(job, Run(run.search / "trials" / best.id), run)
+        if not adopt(job, Run(run.search / "trials" / best.id), run) and best.exploits:
+            listener.note("  its checkpoints are gone: training begins anew, with its last settings throughout")
         write_json(run.resolved, {**resolved, "search": best.params})
     found = job_of(run)
     if changes_data(read_json(run.resolved)["search"]):
         data = prepare(found, listener)
         write_json(run.card, card_of(data))
     return found, data
-
-
-def _adopt(job: Job, trial: Run, run: Run) -> None:
-    """Links a trial's checkpoints into the run, with what goes with them; nothing where it has none in a folder."""
-    theirs, ours = storage_of(job_of(trial), trial), storage_of(job, run)
-    if (
-        not isinstance(theirs, Folder)
-        or not isinstance(ours, Folder)
-        or not complete(theirs, signing_key(trial, theirs))
-    ):
-        return
-    shutil.copytree(theirs.root, ours.root, copy_function=_link, dirs_exist_ok=True)
-    for source, target in ((trial.key, run.key), (trial.metrics, run.metrics), (trial.row_losses, run.row_losses)):
-        target.unlink(missing_ok=True)
-        shutil.copy2(source, target)  # the trial's own stay as they are
-
-
-def _link(source: str, target: str) -> None:
-    """Checkpoints are never written to again, so that two folders can share them."""
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no links, or the folders are on two
-        shutil.copy2(source, target)

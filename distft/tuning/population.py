@@ -38,9 +38,10 @@ def exploits(search: SearchSection, seed: int, rung: int, population: Sequence[T
     """
     sign = 1.0 if search.objective.mode == "min" else -1.0
     here = max((trial.values[-1][0] for trial in population if trial.values), default=0)
-    known = [trial for trial in population if trial.values and trial.values[-1][0] == here]
-    known.sort(key=lambda trial: (sign * trial.values[-1][1], trial.number))
-    unknown = [trial for trial in population if trial not in known]
+    in_order = sorted(population, key=lambda trial: trial.number)
+    known = [trial for trial in in_order if trial.values and trial.values[-1][0] == here]
+    unknown = [trial for trial in in_order if trial not in known]
+    known.sort(key=lambda trial: sign * trial.values[-1][1])
     count = min(math.ceil(QUANTILE * len(population)), len(population) // 2)
     good, poor = known[:count], [*known, *unknown][len(population) - count :]
     found = {}

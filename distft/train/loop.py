@@ -109,7 +109,6 @@ def fit(training: Training, progress: Progress) -> tuple[Progress, Stop | None]:
             continue
         reporter.train(record)
         progress = replace(progress, step=record["step"])
-        orders = _within_turn(training, progress, orders)
         last = progress.step == total
         if len(training.validation) and (last or training.validates(progress.step)):
             progress = progress.validated(validate(training, progress.step))
@@ -119,6 +118,7 @@ def fit(training: Training, progress: Progress) -> tuple[Progress, Stop | None]:
         due = improved or progress.step % training.checkpoint_every == 0
         if orders.stop == "resize" and not due:
             orders = replace(orders, stop=None)  # it comes again, and is taken at a checkpoint
+        orders = _within_turn(training, progress, orders)
         if last or orders.stop is not None or _out_of_patience(training, progress):
             saving.save(progress)
         elif due or orders.save:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from distft.errors import JobError
 
-#: Why training is asked to stop: by a person; because more workers can be had; because a node is about to go.
-Stop = Literal["interrupt", "resize", "preempted"]
+#: Why training stops before its end: a person asks; more workers can be had; a node is about to go; a trial's turn has
+#: ended, which nobody asks for.
+Stop = Literal["interrupt", "resize", "preempted", "turn"]
 
 
 @dataclass(frozen=True)

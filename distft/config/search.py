@@ -65,12 +65,14 @@ class Objective(Section):
 
 
 class Scheduler(Section):
-    """Which trials are stopped before their end."""
+    """What trials are compared for."""
 
     kind: Literal["asha", "median", "pbt", "none"] = "asha"
-    """asha, median, pbt (population based training) or none."""
+    """asha, median: poor trials are stopped before their end; pbt (population based training): poor ones go on from the
+    good ones' weights, with other settings; or none."""
     grace: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """How far every trial may go before it can be stopped: a fraction of the most tokens a trial can train on."""
+    """How far every trial may go before it can be stopped: a fraction of the most tokens a trial can train on;
+    pbt: from one comparison to the next."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
     """Trials are compared at grace, and then at so many times the tokens of the time before; asha: one trial in so many
     goes on."""

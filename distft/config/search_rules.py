@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from pydantic import ValidationError
 
 from distft.config import keys
+from distft.config.addresses import scheme
 from distft.config.document import Document
 from distft.config.explain import explain
 from distft.config.problems import Finding, choices, dotted
@@ -49,7 +50,7 @@ def search_rules(job: Job) -> Iterator[Finding]:
     in_space = [*_space(job, search)]
     yield from in_space or _corners(job, search)
     yield from _objective(job, search)
-    yield from _scheduler(search)
+    yield from _population(job, search) if search.scheduler.kind == "pbt" else ()
     yield from _promote(search)
 
 
@@ -174,14 +175,18 @@ def _objective(job: Job, search: SearchSection) -> Iterator[Finding]:
         yield Finding(("search", "objective"), "there is no validation split to compare on", fix, ("data.splits",))
 
 
-def _scheduler(search: SearchSection) -> Iterator[Finding]:
-    """Whether the scheduler can do with the keys what it does."""
-    for key in search.space if search.scheduler.kind == "pbt" else []:
+def _population(job: Job, search: SearchSection) -> Iterator[Finding]:
+    """Whether trials can go on from one another's checkpoints with other settings."""
+    reads = ("search.scheduler",)
+    for key in search.space:
         if key not in IN_MID_RUN:
             fix = f"search {choices(IN_MID_RUN)}, or use asha"
-            yield Finding(
-                ("search", "space", key), "cannot change in mid-run, as pbt would have it", fix, ("search.scheduler",)
-            )
+            yield Finding(("search", "space", key), "cannot change in mid-run, as pbt would have it", fix, reads)
+    if search.trials < 2:
+        yield Finding(("search", "trials"), "one trial is no population, as pbt needs", "make it larger", reads)
+    if scheme(job.checkpoint.storage or ""):
+        message, fix = "pbt's trials link one another's checkpoints, which a bucket has no way to", "name a folder"
+        yield Finding(("checkpoint", "storage"), message, fix, reads)
 
 
 def _promote(search: SearchSection) -> Iterator[Finding]:

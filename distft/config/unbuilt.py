@@ -31,12 +31,6 @@ class Unbuilt(NamedTuple):
 UNBUILT = (
     Unbuilt("model.dtype", lambda job: job.model.dtype == "fp16", "fp16", "use auto, bf16 or fp32"),
     Unbuilt("zero.offload", lambda job: job.zero.offload == "nvme", "offload to nvme", "use none or cpu"),
-    Unbuilt(
-        "search.scheduler.kind",
-        lambda job: job.search is not None and job.search.scheduler.kind == "pbt",
-        "population based training",
-        "use asha",
-    ),
     Unbuilt("serve", lambda job: job.serve != ServeSection(), "serving", "remove the section"),
     Unbuilt("track.mlflow", lambda job: job.track.mlflow is not None, "MLflow", "use tensorboard"),
     Unbuilt("track.wandb", lambda job: job.track.wandb is not None, "Weights & Biases", "use tensorboard"),

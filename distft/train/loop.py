@@ -49,6 +49,7 @@ class Training:
         seed: The job's.
         learning_rate: The rate of a step.
         validates: Whether to validate after a step; after the last one it is done in any case.
+        until: The step after which a trial's turn ends; the last step of all, or a later one, where none does.
         checkpoint_every: Steps from one checkpoint to the next.
         patience: Validations without gain after which to stop; None goes on.
         non_finite: What becomes of a step whose loss or gradient norm is not a number.
@@ -73,6 +74,7 @@ class Training:
     seed: int
     learning_rate: Callable[[int], float]
     validates: Callable[[int], bool]
+    until: int
     checkpoint_every: int
     patience: int | None
     non_finite: Literal["stop", "skip_batch", "rewind"]
@@ -98,7 +100,7 @@ def fit(training: Training, progress: Progress) -> tuple[Progress, Stop | None]:
         DistftError: The last checkpoint cannot be written.
     """
     total, reporter, saving = training.order.steps, training.reporter, training.saving
-    orders = NO_ORDERS
+    orders = _within_turn(training, progress, NO_ORDERS)
     while progress.step < total and orders.stop is None and not _out_of_patience(training, progress):
         try:
             record, orders = step(training, progress.step + 1, skip=progress.step + 1 in progress.skipped_steps)
@@ -116,6 +118,7 @@ def fit(training: Training, progress: Progress) -> tuple[Progress, Stop | None]:
         due = improved or progress.step % training.checkpoint_every == 0
         if orders.stop == "resize" and not due:
             orders = replace(orders, stop=None)  # it comes again, and is taken at a checkpoint
+        orders = _within_turn(training, progress, orders)
         if last or orders.stop is not None or _out_of_patience(training, progress):
             saving.save(progress)
         elif due or orders.save:
@@ -125,15 +128,21 @@ def fit(training: Training, progress: Progress) -> tuple[Progress, Stop | None]:
     return progress, stop
 
 
+def _within_turn(training: Training, progress: Progress, orders: Orders) -> Orders:
+    """The orders; where nobody gives any, to stop when the turn has ended."""
+    ended = progress.step >= training.until and orders.stop is None
+    return replace(orders, stop="turn") if ended else orders
+
+
 def _ending(progress: Progress, stop: Stop | None, total: int) -> Record:
     if stop is not None:
-        names = {"interrupt": "interrupted", "preempted": "preempted", "resize": "interrupted"}
         reasons = {
             "interrupt": "asked to stop",
             "preempted": "its node is about to go",
             "resize": "more workers can be had",
+            "turn": "other trials have their turn",
         }
-        return event(names[stop], progress.step, reasons[stop])
+        return event("preempted" if stop == "preempted" else "interrupted", progress.step, reasons[stop])
     if progress.step < total:
         reason = f"no gain in {progress.validations_without_gain} validations; the best was step {progress.best_step}"
         return event("finished", progress.step, reason)

@@ -19,6 +19,7 @@ class Attempt:
         stall_seconds: After how long without a step training stands still; None for automatic.
         rungs: Training tokens at which a trial of a search is compared with others: it validates at the first step
             that reaches each, and at its end, in place of ``train.validate_every``. None: it is no trial.
+        until: The rung at which it saves and stops, for others to have their turn. None: it goes on to its end.
     """
 
     most_workers: int | None = None
@@ -26,6 +27,7 @@ class Attempt:
     began: float | None = None
     stall_seconds: float | None = None
     rungs: tuple[int, ...] | None = None
+    until: int | None = None
 
 
 FIRST = Attempt()

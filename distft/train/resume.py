@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from distft.checkpoint import Checkpoint, Shards, State, Storage, sound, withdraw_after
@@ -49,6 +49,7 @@ def restore(
     probe: Callable[[], float | None],
     *,
     resume: bool,
+    exploits: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[Progress | None, list[str]]:
     """Loads the newest sound checkpoint where resuming is asked for and there is one.
 
@@ -59,6 +60,8 @@ def restore(
         state: The run as it is now, at step 0.
         probe: Recomputes the loss that each checkpoint was saved with.
         resume: Whether to look for one.
+        exploits: The events of the run at which population based training changed settings: checkpoints up to then
+            may have those of before.
 
     Returns:
         How far the run has come, None without a checkpoint; and what is wrong with newer ones, which were passed over.
@@ -77,7 +80,7 @@ def restore(
                 "the run has checkpoints already", where=str(storage), fix="go on with --resume, or take another --name"
             )
         if isinstance(one, Checkpoint):
-            _check_same(one.state, state)
+            _check_same(one.state, state, exploits)
             problem = _taken_up(engine, one, probe)
             if problem is None:
                 if engine.world.is_main:
@@ -125,8 +128,9 @@ def _progress(saved: State) -> Progress:
     )
 
 
-def _check_same(saved: State, now: State) -> None:
+def _check_same(saved: State, now: State, exploits: Sequence[Mapping[str, Any]]) -> None:
     """Refuses to go on as another run, with everything that differs; ranks and ZeRO stage may."""
+    earlier = [item for exploit in exploits if exploit["step"] >= saved.step for item in exploit["before"].items()]
     pairs = {
         "model.dtype": (saved.dtype, now.dtype),
         "the prepared data": (saved.data_fingerprint, now.data_fingerprint),
@@ -136,7 +140,11 @@ def _check_same(saved: State, now: State) -> None:
             for name in sorted(saved.settings.keys() | now.settings.keys())
         },
     }
-    changed = [f"{name} was {before}, is {after}" for name, (before, after) in pairs.items() if before != after]
+    changed = [
+        f"{name} was {before}, is {after}"
+        for name, (before, after) in pairs.items()
+        if before != after and (name, before) not in earlier
+    ]
     if changed:
         raise JobError(
             f"this is not the job that the checkpoint is of: {'; '.join(changed)}",

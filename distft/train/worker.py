@@ -169,8 +169,10 @@ def _training(
     def probe() -> float | None:
         return probe_loss(engine, few)
 
+    exploits = engine.broadcast([line for line in read_lines(run.metrics) if line.get("event") == "exploit"])
+
     def take_up(resume: bool) -> tuple[Progress | None, list[str]]:
-        return restore(engine, storage, key, state, probe, resume=resume)
+        return restore(engine, storage, key, state, probe, resume=resume, exploits=exploits)
 
     saving = Saving(Saver(engine, storage, key, job.checkpoint.budget_bytes), state, probe, reporter)
     training = Training(
@@ -186,6 +188,7 @@ def _training(
             step, order.steps, train.learning_rate, train.schedule.kind, train.schedule.warmup
         ),
         validates=_validates(job, order, rows, attempt.rungs),
+        until=order.steps if attempt.until is None else _reaching(order, rows, [attempt.until])[0],
         checkpoint_every=job.checkpoint.every.steps(order.steps),
         patience=train.patience,
         non_finite=train.non_finite,
@@ -207,9 +210,14 @@ def _validates(job: Job, order: Order, rows: Rows, rungs: Sequence[int] | None) 
     if rungs is None:
         every = job.train.validate_every.steps(order.steps)
         return lambda step: step % every == 0
-    tokens = np.cumsum([rows.tokens(order.step(step)) for step in range(order.steps)])
-    reached = {int(step) + 1 for step in np.searchsorted(tokens, rungs)}
+    reached = frozenset(_reaching(order, rows, rungs))
     return lambda step: step in reached
+
+
+def _reaching(order: Order, rows: Rows, rungs: Sequence[int]) -> list[int]:
+    """The first step at which so many tokens are trained on, of each rung; one past the last where none does."""
+    tokens = np.cumsum([rows.tokens(order.step(step)) for step in range(order.steps)])
+    return [int(step) + 1 for step in np.searchsorted(tokens, rungs)]
 
 
 def _state(job: Job, world: World, choices: Choices, prepared: Prepared) -> State:
@@ -255,7 +263,7 @@ def _beginning(before: Sequence[Record], progress: Progress, workers: int) -> tu
     where = f"from the checkpoint of step {progress.step:,}; " if progress.step else "from the beginning; "
     if known and known[-1]["workers"] != workers:
         return "resize", f"{known[-1]['workers']} workers before; {where}"
-    return ("resume" if before[-1]["event"] == "interrupted" else "restart"), where
+    return ("resume" if before[-1]["event"] in ("interrupted", "exploit") else "restart"), where
 
 
 def _record(run: Run, choices: Choices) -> None:

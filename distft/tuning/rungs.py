@@ -31,6 +31,16 @@ def most_tokens(job: Job, rows: int, tokens: int) -> int:
     return math.ceil(most)
 
 
+def even_rungs(most: int, interval: float) -> tuple[int, ...]:
+    """The tokens at which a population is compared, ascending: every ``interval`` of the most, below ``most``.
+
+    Args:
+        most: The most training tokens of any trial, above 0.
+        interval: Fraction of them.
+    """
+    return tuple(range(max(1, math.ceil(interval * most)), most, max(1, math.ceil(interval * most))))
+
+
 def rungs(most: int, grace: float, reduction: float) -> tuple[int, ...]:
     """The tokens at which trials are compared, ascending: ``grace`` of the most, then ``reduction`` times as many.
 

@@ -18,12 +18,31 @@ Params = dict[str, int | float]
 
 
 @dataclass(frozen=True)
+class Exploit:
+    """A trial of population based training went on from another one's weights.
+
+    Attributes:
+        trial: Whose.
+        step: After which step.
+        tokens: Training tokens until then, of either.
+        params: Its own settings until then.
+        value: Its own objective then, which it gave up; None where it had none.
+    """
+
+    trial: str
+    step: int
+    tokens: int
+    params: Params
+    value: float | None
+
+
+@dataclass(frozen=True)
 class Trial:
     """One trial: a complete training run with settings of its own.
 
     Attributes:
         id: Three digits or more, from 000; also the name of its run's folder.
-        params: Its settings by dotted name.
+        params: Its settings by dotted name; those of now, where they change.
         status: ``running``; ``finished``: it came to the end of its own schedule; ``stopped`` early by the scheduler;
             ``failed``.
         steps: Optimizer steps made.
@@ -31,8 +50,11 @@ class Trial:
         objective: The best of ``values``, or None where there is none.
         seconds: Wall time, from its first worker's start; of all its parts, where it was interrupted.
         checkpoint: The folder of its newest complete checkpoint, or None where it has none any more.
-        values: The objective as validated: (tokens, value), in order.
+        values: The objective as validated: (tokens, value), in order; of the model it has now, where it exploited.
         reason: Why it failed, for people; None otherwise.
+        turns: Population based training: its turns that have ended, each at a rung, with a checkpoint.
+        passed: How many of these rungs it was compared at; until it is, it waits for the others.
+        exploits: From which trials it went on, and when, in order.
     """
 
     id: str
@@ -45,6 +67,9 @@ class Trial:
     checkpoint: str | None = None
     values: tuple[tuple[int, float], ...] = ()
     reason: str | None = None
+    turns: int = 0
+    passed: int = 0
+    exploits: tuple[Exploit, ...] = ()
 
     @property
     def number(self) -> int:
@@ -78,7 +103,9 @@ def read_trials(path: Path) -> list[Trial]:
 
 
 def _trial(line: dict[str, Any]) -> Trial:
-    return Trial(**{**line, "values": tuple((tokens, value) for tokens, value in line["values"])})
+    values = tuple((tokens, value) for tokens, value in line["values"])
+    exploits = tuple(Exploit(**one) for one in line.get("exploits", ()))
+    return Trial(**{**line, "values": values, "exploits": exploits})
 
 
 def ranked(trials: Sequence[Trial], mode: Literal["min", "max"]) -> list[Trial]:

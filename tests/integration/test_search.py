@@ -248,6 +248,57 @@ def test_a_search_goes_on_after_its_driver_was_killed(searching: Home) -> None:
 
 
 @pytest.mark.slow
+def test_a_population_takes_turns_and_the_poor_go_on_from_the_good(
+    searching: Home, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Two CPUs for four trials of one worker; the driver is killed once; the run goes on from the best."""
+    space = {"train.learning_rate": {"log_uniform": [1e-5, 1e-1]}, "train.weight_decay": {"choice": [0.0, 0.1]}}
+    settings = [
+        *("--set", f"search.space={json.dumps(space)}", "--set", "search.scheduler={kind: pbt, grace: 0.3}"),
+        *("--set", "search.workers_per_trial=1"),
+    ]
+    run = Run(searching.folder / "runs" / "pbt")
+    with Watched(cluster, tmp_path / "looks.jsonl") as watched:
+        process = searching.start("search", "search.yaml", "--name", "pbt", *settings)
+        until = time.time() + 600
+        while not any(trial.exploits for trial in trials_of(searching, "pbt")):
+            assert time.time() < until
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+        process.kill()
+        process.communicate()
+        watched.wait_until_free(60)
+        searching.distft("search", "search.yaml", "--name", "pbt", "--resume", *settings, timeout=900)
+        watched.wait_until_free()
+        assert watched.most("groups") == 2
+        assert watched.most("workers") == 2
+    trials = trials_of(searching, "pbt")
+    assert [trial.status for trial in trials] == ["finished"] * 4
+    exploits = [(trial, exploit) for trial in trials for exploit in trial.exploits]
+    assert len(exploits) == 3, "one of four at each of three rungs"
+    folders = {trial.id: Run(run.search / "trials" / trial.id) for trial in trials}
+    last = max(exploit.step for _, exploit in exploits)
+    trial, exploit = next(one for one in exploits if one[1].step == last)
+    mine, theirs = (training_curve(folders[name].metrics) for name in (trial.id, exploit.trial))
+    assert [line["step"] for line in mine] == list(range(1, mine[-1]["steps"] + 1))
+    alike = ["loss", "sample_digest", "learning_rate"]
+    assert [[line[key] for key in alike] for line in mine[:last]] == [
+        [line[key] for key in alike] for line in theirs[:last]
+    ]
+    assert mine[last]["loss"] == pytest.approx(theirs[last]["loss"], rel=1e-6), "measured before the first update"
+    assert mine[last]["learning_rate"] != theirs[last]["learning_rate"] or "train.weight_decay" in trial.params
+    assert len({sum(line["tokens"] for line in training_curve(folder.metrics)) for folder in folders.values()}) == 1
+    searching.distft("search", "search.yaml", "--name", "pbt-undisturbed", *settings, timeout=900)
+    assert [told(trial) for trial in trials_of(searching, "pbt-undisturbed")] == [told(trial) for trial in trials]
+    searching.distft("run", "search.yaml", "--name", "pbt", "--resume", *settings, timeout=900)
+    best = read_json(run.result)["search"]
+    curve = training_curve(run.metrics)
+    assert curve == training_curve(folders[best["id"]].metrics), "nothing is trained again"
+    assert read_json(run.result)["status"] == "finished"
+    searching.distft("audit", "pbt")
+
+
+@pytest.mark.slow
 def test_trials_that_fail_are_told_and_the_search_goes_on(searching: Home, cluster: Cluster) -> None:
     """One raises, one's loss is not a number, one's worker is killed, one runs out of memory."""
     space = {

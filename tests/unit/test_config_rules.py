@@ -122,10 +122,6 @@ def test_clashes_are_reported_together_with_what_is_not_built(overrides: list[st
 NOT_BUILT = [
     ("model.dtype=fp16", "model.dtype"),
     ("zero={stage: 3, offload: nvme}", "zero.offload"),
-    (
-        "search={space: {train.learning_rate: {log_uniform: [1e-6, 1e-3]}}, scheduler: {kind: pbt}}",
-        "search.scheduler.kind",
-    ),
     ("serve.engine=vllm", "serve"),
     ("serve.replicas={min: 1, max: 2}", "serve"),
     ("track.mlflow=http://tracking:5000", "track.mlflow"),

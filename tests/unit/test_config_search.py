@@ -20,6 +20,7 @@ EPOCHS = "train.epochs: {choice: [1, 2]}"
     [
         [f"search={{space: {{{RATES}, {EPOCHS}, train.batch_size: {{choice: [16, 32, 64]}}}}}}"],
         [f"search={{space: {{{RATES}}}, algorithm: random, scheduler: {{kind: median}}, concurrent: 3}}"],
+        [f"search={{space: {{{RATES}}}, scheduler: {{kind: pbt, grace: 0.25}}}}", "checkpoint.storage=/shared/runs"],
         [f"search={{space: {{{RATES}}}, scheduler: {{kind: none}}, promote: {{top: 2, workers: 8}}}}"],
         [f"search={{space: {{{RATES}}}, workers_per_trial: 2, promote: {{workers: 3}}}}"],
         ["search={space: {train.epochs: {grid: [1, 2]}, train.batch_size: {choice: [16, 32]}}, algorithm: grid}"],
@@ -142,11 +143,19 @@ def test_a_search_that_does_not_agree_with_itself_or_the_job_is_told_why(overrid
     assert message in found[key]
 
 
-def test_population_based_training_is_not_built_and_says_which_keys_it_could_not_change():
+def test_population_based_training_says_which_keys_it_could_not_change():
     found = problems(f"search={{space: {{{RATES}, {EPOCHS}}}, scheduler: {{kind: pbt}}}}")
-    assert found.pop("search.scheduler.kind") == "not built yet (population based training); use asha"
     assert list(found) == ["search.space.train.epochs"]
     assert "cannot change in mid-run, as pbt would have it; search train.learning_rate" in found.popitem()[1]
+
+
+def test_population_based_training_takes_two_trials_and_a_folder():
+    found = problems(
+        f"search={{space: {{{RATES}}}, scheduler: {{kind: pbt}}, trials: 1}}", "checkpoint.storage=s3://bucket/runs"
+    )
+    assert found["search.trials"] == "one trial is no population, as pbt needs; make it larger"
+    assert found["checkpoint.storage"].endswith("which a bucket has no way to; name a folder")
+    assert len(found) == 2
 
 
 def test_every_bad_value_of_a_list_is_named_with_its_place():

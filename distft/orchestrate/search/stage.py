@@ -5,13 +5,9 @@ Each trial is a run of its own under ``search/trials``; see :mod:`.tuner` for ho
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
-
 import numpy as np
 
-from distft.checkpoint import Folder, complete, signing_key, storage_of
+from distft.checkpoint import storage_of
 from distft.config import Bounds, Job, SearchSection
 from distft.data.store import Prepared
 from distft.errors import DataError, DistftError, Interrupted, RunError
@@ -19,6 +15,8 @@ from distft.orchestrate import cluster
 from distft.orchestrate.cluster import Node, check_capacity, worker_resources
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
+from distft.orchestrate.search.adopt import adopt
+from distft.orchestrate.search.population import Population
 from distft.orchestrate.search.setup import SearchSetup
 from distft.orchestrate.search.trials import Trials
 from distft.orchestrate.signals import Asked, stopping
@@ -28,7 +26,7 @@ from distft.train.folder import job_of
 from distft.tuning.importance import importance
 from distft.tuning.labels import settings
 from distft.tuning.pictures import write_pictures
-from distft.tuning.rungs import most_tokens, rungs
+from distft.tuning.rungs import even_rungs, most_tokens, rungs
 from distft.tuning.space import changes_data, section
 from distft.tuning.summary import summary
 from distft.tuning.trials import Trial, best_trial
@@ -60,17 +58,7 @@ def search(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener
     for workers, key in _workers(asked_for):
         check_capacity(Bounds(min=workers, max=workers), need, nodes, key)
     listener.stage("search")
-    prepared = Prepared.open(data.prepared)
-    if not len(prepared.rows("validation")):
-        raise DataError("there is no validation row to compare trials on", where="data.splits.validation")
-    rows = prepared.rows("train")
-    most = most_tokens(job, len(rows), rows.tokens(np.arange(len(rows))))
-    levels = rungs(most, asked_for.scheduler.grace, asked_for.scheduler.reduction)
-    free = storage_of(job, run).free_bytes()
-    budget = min(job.checkpoint.budget_bytes, *([] if free is None else [free]))  # a full disk would fail every trial
-    share = budget // (_capacity(asked_for, need) + 1)
-    setup = SearchSetup(job, run, data, need, levels, share, cache_folder().resolve())
-    trials = Trials(setup, lambda: _capacity(asked_for, need), most, listener)
+    setup, trials = _made(job, run, data, need, listener)
     with stopping(listener.note) as asked:
         if trials.to_come:
             run_trials(setup, trials, asked)
@@ -79,6 +67,23 @@ def search(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener
     if asked:
         raise Interrupted("stopped; its trials' checkpoints are written", fix=f"go on with --resume --name {run.name}")
     return _conclude(setup, trials)
+
+
+def _made(job: Job, run: Run, data: Data, need: dict[str, float], listener: Listener) -> tuple[SearchSetup, Trials]:
+    """What trials have in common, and those that there are."""
+    asked_for, prepared = section(job), Prepared.open(data.prepared)
+    if not len(prepared.rows("validation")):
+        raise DataError("there is no validation row to compare trials on", where="data.splits.validation")
+    rows, scheduler = prepared.rows("train"), asked_for.scheduler
+    most = most_tokens(job, len(rows), rows.tokens(np.arange(len(rows))))
+    populous = scheduler.kind == "pbt"
+    levels = even_rungs(most, scheduler.grace) if populous else rungs(most, scheduler.grace, scheduler.reduction)
+    begun = asked_for.trials if populous else _capacity(asked_for, need)  # at the same time, before any has ended
+    free = storage_of(job, run).free_bytes()
+    budget = min(job.checkpoint.budget_bytes, *([] if free is None else [free]))  # a full disk would fail every trial
+    setup = SearchSetup(job, run, data, need, levels, budget // (begun + 1), cache_folder().resolve())
+    kind = Population if populous else Trials
+    return setup, kind(setup, lambda: _capacity(asked_for, need), most, listener)
 
 
 def _workers(asked_for: SearchSection) -> list[tuple[int, str]]:
@@ -135,7 +140,8 @@ def _conclude(setup: SearchSetup, trials: Trials) -> Trial:
         told = "; ".join(f"trial {name}: {reason}" for reason, name in reversed(reasons.items()))
         raise RunError(f"no trial succeeded: {told}", where=str(run.search), fix="mend what stopped them")
     write_pictures(run, asked_for, trials.all)
-    found = summary(asked_for, trials.all, importance=importance(setup.job, trials.all))
+    constant = [trial for trial in trials.all if not trial.exploits]  # of the others, no one setting made the model
+    found = summary(asked_for, trials.all, importance=importance(setup.job, constant))
     write_json(run.search_summary, found)
     update_result(run, search=found["best"])
     return best
@@ -154,34 +160,11 @@ def winner(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener
     if "search" not in resolved:
         best = search(job, run, data, nodes, listener)
         listener.note(f"  trial {best.id} is the best: {settings(best.params)}")
-        _adopt(job, Run(run.search / "trials" / best.id), run)
+        if not adopt(job, Run(run.search / "trials" / best.id), run) and best.exploits:
+            listener.note("  its checkpoints are gone: training begins anew, with its last settings throughout")
         write_json(run.resolved, {**resolved, "search": best.params})
     found = job_of(run)
     if changes_data(read_json(run.resolved)["search"]):
         data = prepare(found, listener)
         write_json(run.card, card_of(data))
     return found, data
-
-
-def _adopt(job: Job, trial: Run, run: Run) -> None:
-    """Links a trial's checkpoints into the run, with what goes with them; nothing where it has none in a folder."""
-    theirs, ours = storage_of(job_of(trial), trial), storage_of(job, run)
-    if (
-        not isinstance(theirs, Folder)
-        or not isinstance(ours, Folder)
-        or not complete(theirs, signing_key(trial, theirs))
-    ):
-        return
-    shutil.copytree(theirs.root, ours.root, copy_function=_link, dirs_exist_ok=True)
-    for source, target in ((trial.key, run.key), (trial.metrics, run.metrics), (trial.row_losses, run.row_losses)):
-        target.unlink(missing_ok=True)
-        shutil.copy2(source, target)  # the trial's own stay as they are
-
-
-def _link(source: str, target: str) -> None:
-    """Checkpoints are never written to again, so that two folders can share them."""
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no links, or the folders are on two
-        shutil.copy2(source, target)

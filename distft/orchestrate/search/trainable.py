@@ -26,8 +26,8 @@ from distft.runs import read_new_lines
 from distft.train import Outcome
 from distft.tuning.trials import Params, Status
 
-#: How a trial ended that somebody stopped, and that goes on later: no status of a search.
-INTERRUPTED = "interrupted"
+#: How a trial ended that goes on later, as no status of a search says: somebody stopped it, or its turn has ended.
+INTERRUPTED, TURN_ENDED = "interrupted", "turn ended"
 
 
 class TrialActor(Trainable):  # type: ignore[misc]  # Ray's types are not read
@@ -75,14 +75,14 @@ class TrialActor(Trainable):  # type: ignore[misc]  # Ray's types are not read
         self._offset, self._asked = 0, Asked()
         self._heard: deque[Validation] = deque()
         self._told: list[Validation] = []
-        self._training: Future[Outcome] = in_background(lambda: self._train(config["params"]))
+        self._training: Future[Outcome] = in_background(lambda: self._train(config["params"], config["until"]))
 
-    def _train(self, params: Params) -> Outcome:
+    def _train(self, params: Params, until: int | None) -> Outcome:
         """The trial's training, from its newest checkpoint where it has one."""
         setup = self._setup
         job = setup.trial_job(params)
         data = setup.begun(self._name, params, job)
-        return Training(job, self._run, data, setup.need, SILENT, self._asked, setup.rungs).run()
+        return Training(job, self._run, data, setup.need, SILENT, self._asked, setup.rungs, until).run()
 
     def _hear(self) -> None:
         """Takes in new validations."""
@@ -108,4 +108,6 @@ class TrialActor(Trainable):  # type: ignore[misc]  # Ray's types are not read
             outcome = self._training.result()
         except DistftError as error:
             return (INTERRUPTED, None) if self._asked else ("failed", str(error))
-        return (INTERRUPTED if outcome.stopped else "finished"), None
+        if outcome.stopped is None:
+            return "finished", None
+        return (TURN_ENDED if outcome.stopped == "turn" else INTERRUPTED), None

@@ -46,6 +46,11 @@ class Trials:
         return self.of - sum(trial.status != "running" for trial in self.all)
 
     @property
+    def turns(self) -> int:
+        """How often a trial is still to be taken up, at most."""
+        return self.to_come
+
+    @property
     def ended(self) -> list[Trial]:
         """Those that run no more."""
         return [trial for trial in self.all if trial.status != "running"]
@@ -69,17 +74,28 @@ class Trials:
             raise StopIteration
         if len(self._began) >= self._capacity():
             return None
-        if self._left:
-            trial = dataclasses.replace(self._trials[self._left.pop(0)], values=())  # it tells them again
-        else:
-            number = len(self._trials)
-            params = ask(self._setup.job, number, self.all)
-            if params is None:
-                raise StopIteration
-            trial = Trial(trial_id(number), params)
-        self._trials[trial.id] = trial
-        self.take_up(trial.id)
+        trial = self._choose()
+        if trial is not None:
+            self._trials[trial.id] = trial
+            self.take_up(trial.id)
         return trial
+
+    def until(self, trial: Trial) -> int | None:
+        """The rung at which the trial's turn ends; None where it goes on to its end."""
+        return None
+
+    def _choose(self) -> Trial | None:
+        """Which trial is next; None where others must come first."""
+        if self._left:
+            return dataclasses.replace(self._trials[self._left.pop(0)], values=())  # it tells them again
+        return self._new()
+
+    def _new(self) -> Trial:
+        number = len(self._trials)
+        params = ask(self._setup.job, number, self.all)
+        if params is None:
+            raise StopIteration
+        return Trial(trial_id(number), params)
 
     def take_up(self, name: str) -> None:
         """A trial's time runs from now on, again where it ran before."""
@@ -109,9 +125,10 @@ class Trials:
             self._keep(self._counted(trial))
         self._prune([trial.id for trial in self.ended])
 
-    def leave(self, name: str) -> None:
-        """A trial was interrupted: it is taken up again when the search is."""
-        self._keep(self._timed(self._trials[name]))
+    def leave(self, name: str, *, turn_ended: bool = False) -> None:
+        """A trial goes on later: its turn has ended, or it was interrupted and the search will be taken up again."""
+        trial = self._timed(self._trials[name])
+        self._keep(dataclasses.replace(trial, turns=trial.turns + turn_ended))
         self._began.pop(name, None)
 
     def tell(self) -> None:
@@ -129,8 +146,8 @@ class Trials:
         curve = training_curve(self._setup.trial_run(trial.id).metrics)
         return dataclasses.replace(trial, steps=len(curve), tokens=sum(line["tokens"] for line in curve))
 
-    def _keep(self, trial: Trial) -> None:
-        self._trials[trial.id] = trial
+    def _keep(self, *trials: Trial) -> None:
+        self._trials |= {trial.id: trial for trial in trials}
         write_trials(self._setup.run.trials, self.all)
         self.tell()
 

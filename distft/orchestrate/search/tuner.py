@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 
 from distft.config import SearchSection
 from distft.orchestrate.search.setup import SearchSetup
-from distft.orchestrate.search.trainable import INTERRUPTED, TrialActor
+from distft.orchestrate.search.trainable import INTERRUPTED, TURN_ENDED, TrialActor
 from distft.orchestrate.search.trials import Trials
 from distft.orchestrate.signals import Asked
 from distft.orchestrate.train.fit import logged_to
@@ -44,7 +44,7 @@ def run_trials(setup: SearchSetup, trials: Trials, asked: Asked) -> None:
         tune_config=TuneConfig(
             search_alg=_Asker(trials),
             scheduler=scheduler_of(search, setup.rungs, trials.most_tokens, trials.ended),
-            num_samples=trials.to_come,
+            num_samples=trials.turns,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']}",
         ),
@@ -80,7 +80,7 @@ def scheduler_of(search: SearchSection, rungs: tuple[int, ...], most_tokens: int
     grace = rungs[0] if rungs else most_tokens
     known = {"time_attr": "tokens", "metric": "value", "mode": search.objective.mode, "grace_period": grace}
     scheduler: TrialScheduler
-    if search.scheduler.kind == "none":
+    if search.scheduler.kind in ("none", "pbt"):  # pbt stops none: see :mod:`.population`
         return FIFOScheduler()
     if search.scheduler.kind == "asha":
         # Trials end by themselves, a little before or after the tokens that they are expected to take.
@@ -114,7 +114,9 @@ class _Asker(_Unkept, Searcher):  # type: ignore[misc]  # Ray's types are not re
             trial = self._trials.next()
         except StopIteration:
             return str(Searcher.FINISHED)
-        return None if trial is None else {"trial": trial.id, "params": trial.params}
+        if trial is None:
+            return None
+        return {"trial": trial.id, "params": trial.params, "until": self._trials.until(trial)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The trials hear of it from :class:`_Ear`."""
@@ -137,8 +139,8 @@ class _Ear(_Unkept, Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name, last = trial.config["trial"], trial.last_result or {}
         status = last.get("status", "stopped")
-        if status == INTERRUPTED:
-            self._trials.leave(name)
+        if status in (INTERRUPTED, TURN_ENDED):
+            self._trials.leave(name, turn_ended=status == TURN_ENDED)
         else:
             self._trials.end(name, status, last.get("reason"))
 

@@ -91,6 +91,7 @@ class Training:
         listener: Who hears of it.
         asked: Whether somebody asks to stop.
         rungs: Where it is compared with others, as a trial of a search; see :class:`~distft.train.Attempt`.
+        until: The rung at which its turn ends, where it is not to go on to its end.
     """
 
     def __init__(
@@ -102,9 +103,10 @@ class Training:
         listener: Listener,
         asked: Asked,
         rungs: tuple[int, ...] | None = None,
+        until: int | None = None,
     ) -> None:
         self._job, self._run, self._data, self._need = job, run, data, need
-        self._listener, self._asked, self._rungs = listener, asked, rungs
+        self._listener, self._asked, self._rungs, self._until = listener, asked, rungs, until
         self._bounds = workers_of(job)
         self._requests = Requests(run)
         self._offset = run.metrics.stat().st_size if run.metrics.exists() else 0
@@ -126,7 +128,7 @@ class Training:
             finally:
                 self._requests.forget()
             if isinstance(ended, Outcome):
-                if ended.stopped is None:
+                if ended.stopped in (None, "turn"):
                     return ended
                 if self._asked:
                     return dataclasses.replace(ended, stopped="interrupt")
@@ -164,7 +166,7 @@ class Training:
         set_seconds = None if stall == "auto" else stall
         began = time.time()
         write_json(self._run.group, began)
-        attempt = Attempt(self._bounds.max, self._limit, began, set_seconds, self._rungs)
+        attempt = Attempt(self._bounds.max, self._limit, began, set_seconds, self._rungs, self._until)
         threads = max(1, int(self._need.get("CPU", 1)))
         data = self._data
         assignment = Assignment(

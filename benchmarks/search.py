@@ -252,9 +252,10 @@ def quickstart() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         runs, job = Path(temporary), str(ROOT / "launch" / "search.yaml")
         began = time.perf_counter()
-        distft("search", job, "--name", "search", runs=runs)
+        words = (job, "--name", "search", "--set", "cluster.address=local")
+        distft("search", *words, runs=runs)
         seconds = time.perf_counter() - began
-        distft("run", job, "--name", "search", "--resume", runs=runs)
+        distft("run", *words, "--resume", runs=runs)
         found = Run(runs / "search")
         own = Run(found.search / "trials" / "000")
         subprocess.run([sys.executable, "-m", "distft", "export", str(own.folder)], check=True)

@@ -245,7 +245,7 @@ def compared(prepared: Path, own: Run, found: Run) -> dict[str, Any]:
 
 
 def quickstart() -> dict[str, Any]:
-    """``launch/search.yaml`` whole; its first trial has the job's own settings, and is what the best is compared with."""
+    """``launch/search.yaml`` whole; its first trial, with the job's own settings, is what the best is compared with."""
     from distft.model import materialise
     from distft.task.prepare import prepare
 

@@ -26,7 +26,7 @@ from distft.train.folder import job_of
 from distft.tuning.importance import importance
 from distft.tuning.labels import settings
 from distft.tuning.pictures import write_pictures
-from distft.tuning.rungs import even_rungs, most_tokens, rungs
+from distft.tuning.rungs import even_rungs, most_tokens, rungs, whole_tokens
 from distft.tuning.space import changes_data, section
 from distft.tuning.summary import summary
 from distft.tuning.trials import Trial, best_trial
@@ -141,7 +141,10 @@ def _conclude(setup: SearchSetup, trials: Trials) -> Trial:
         raise RunError(f"no trial succeeded: {told}", where=str(run.search), fix="mend what stopped them")
     write_pictures(run, asked_for, trials.all)
     constant = [trial for trial in trials.all if not trial.exploits]  # of the others, no one setting made the model
-    found = summary(asked_for, trials.all, importance=importance(setup.job, constant))
+    rows = Prepared.open(setup.data.prepared).rows("train")
+    every = rows.tokens(np.arange(len(rows)))
+    whole = {trial.id: whole_tokens(setup.job, trial.params, len(rows), every) for trial in trials.all}
+    found = summary(asked_for, trials.all, importance=importance(setup.job, constant), whole_tokens=whole)
     write_json(run.search_summary, found)
     update_result(run, search=found["best"])
     return best

@@ -133,6 +133,7 @@ def _promote(setup: SearchSetup, trials: Trials, top: int, workers: int, listene
 
 def _conclude(setup: SearchSetup, trials: Trials) -> Trial:
     """What the search found, written down."""
+    trials.recount()
     run, asked_for = setup.run, section(setup.job)
     best = best_trial(trials.all, asked_for.objective.mode)
     if best is None:

@@ -1,4 +1,4 @@
-"""Every job file in ``launch/`` but the quick start and its search, on its own data, the whole way, with a tiny model."""
+"""Every job file in ``launch/`` but the quick start and its search, on its own data, whole, with a tiny model."""
 
 from __future__ import annotations
 

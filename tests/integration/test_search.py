@@ -185,6 +185,20 @@ def test_the_run_goes_on_from_the_best_trial(searching: Home) -> None:
         assert mine["loss"] == pytest.approx(line["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_the_best_that_were_stopped_are_promoted(searching: Home) -> None:
+    """They go on from their checkpoints, on more workers, to the end of their own schedule."""
+    searching.distft("search", "search.yaml", "--name", "promoted", "--set", "search.promote={top: 4, workers: 2}")
+    run = Run(searching.folder / "runs" / "promoted")
+    sizes = set()
+    for trial in trials_of(searching, "promoted"):
+        curve = training_curve(run.search / "trials" / trial.id / "metrics.jsonl")
+        assert trial.status == "finished"
+        assert [line["step"] for line in curve] == list(range(1, curve[-1]["steps"] + 1))
+        sizes.add(tuple(dict.fromkeys(line["world_size"] for line in curve)))
+    assert (1, 2) in sizes, "ASHA stopped none of them"
+
+
 @pytest.fixture(params=[1, 2], ids=["one-node", "two-nodes"])
 def place(
     request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory

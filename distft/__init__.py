@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from distft.config import Job
     from distft.orchestrate.results import evaluate
     from distft.orchestrate.run import run, search
+    from distft.orchestrate.serving import serve
     from distft.orchestrate.writing import generate
     from distft.runs import Run
 
-__all__ = ["Job", "Run", "evaluate", "generate", "run", "search"]
+__all__ = ["Job", "Run", "evaluate", "generate", "run", "search", "serve"]
 __version__ = "0.1.0"
 
 
@@ -31,6 +32,7 @@ _HOMES = {
     "generate": "distft.orchestrate.writing",
     "run": "distft.orchestrate.run",
     "search": "distft.orchestrate.run",
+    "serve": "distft.orchestrate.serving",
 }
 
 

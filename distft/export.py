@@ -7,20 +7,26 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distft.certificate.identity import identity
+from distft.certificate.record import FILE as CERTIFICATE
+from distft.certificate.record import KEY, Record, as_json
 from distft.checkpoint import Checkpoint, weights
 from distft.config import Job
+from distft.data.store import Prepared
 from distft.errors import CheckpointError, JobError
-from distft.runs import write_json
+from distft.runs import read_json, write_json
+from distft.task.prepare import task_of
+from distft.task.template import undated
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1
-CERTIFICATE = "distft.json"
 ADAPTER = "adapter"
 """The folder beside a merged model that holds its adapter alone."""
 
@@ -34,6 +40,7 @@ def export(
     dtype: str,
     merge: bool = True,
     scores: dict[str, Any] | None = None,
+    prepared: Path | None = None,
 ) -> Path:
     """Writes the weights of a checkpoint, with tokenizer, generation settings and a model card.
 
@@ -49,6 +56,8 @@ def export(
         dtype: The dtype of the training, "bf16" or "fp32": the weights are those that training computed with.
         merge: False writes the adapter alone, as peft loads it.
         scores: ``evaluation.json``, where it is known, for the model card.
+        prepared: The run's prepared data, whose validation rows are the prompts of the parity certificate
+            (:mod:`distft.certificate`); None writes none. An adapter alone has none either.
 
     Returns:
         ``to``.
@@ -70,6 +79,7 @@ def export(
     model = training_model(job, model_folder, DTYPES[dtype], checkpoint.state.labels, pad, packed=False)
     with checkpoint.shards() as files:
         _load(model, weights(files), checkpoint)
+    parity = _Parity.of(job, model, model_folder, tokenizer, checkpoint, prepared) if merge and prepared else None
     with _whole_or_not_at_all(to) as folder:
         if job.model.adapter is not None:
             from distft.model.adapter import write_adapter
@@ -77,6 +87,8 @@ def export(
             write_adapter(model, folder / ADAPTER if merge else folder, job.model.source)
         if merge:
             _write_model(job, model, tokenizer, pad, folder)
+        if parity is not None:
+            write_json(folder / CERTIFICATE, {KEY: parity.as_json(folder)})
         write_card(job, checkpoint, folder, dtype=dtype, merged=merge, scores=scores)
     return to
 
@@ -90,11 +102,48 @@ def write_card(
     merged: bool = True,
     scores: dict[str, Any] | None = None,
 ) -> None:
-    """Writes an export's model card and, last, ``distft.json``, which vouches for every file; arguments as above."""
+    """Writes an export's model card and, last, ``distft.json``, which vouches for every file; arguments as above.
+
+    A parity certificate that the file holds already stays in it.
+    """
     (folder / "README.md").write_text(model_card(job, checkpoint, dtype, scores, merged=merged), encoding="utf-8")
     for path in _files(folder):
         path.chmod(0o644)  # safetensors writes 0600; a served folder is read by another user
-    write_json(folder / CERTIFICATE, _certificate(job, checkpoint, dtype, folder))
+    path = folder / CERTIFICATE
+    parity = read_json(path).get(KEY) if path.exists() else None
+    write_json(path, _certificate(job, checkpoint, dtype, folder) | ({KEY: parity} if parity else {}))
+
+
+@dataclass(frozen=True)
+class _Parity:
+    """What the trained model answered before anything was merged or written."""
+
+    stops: tuple[int, ...]
+    special: tuple[int, ...]
+    records: tuple[Record, ...]
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        model: PreTrainedModel,
+        model_folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpoint: Checkpoint,
+        prepared: Path,
+    ) -> _Parity:
+        from distft.certificate.prompts import asks
+        from distft.certificate.witness import witness
+        from distft.model import context_of, stop_ids
+
+        labels = checkpoint.state.labels
+        asked = asks(task_of(job, model_folder), Prepared.open(prepared), tokenizer, context_of(model))
+        stops = () if labels else tuple(stop_ids(tokenizer))
+        return cls(stops, tuple(tokenizer.all_special_ids), witness(model, tokenizer, asked, labels))
+
+    def as_json(self, folder: Path) -> Any:
+        """The certificate, with what the written folder is."""
+        return as_json(self.stops, self.special, identity(folder), self.records)
 
 
 @contextmanager
@@ -120,11 +169,13 @@ def _write_model(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     model.config.use_cache = True  # off while training
     if job.task.kind == "classification":
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)  # by which transformers finds a row's last token
-    if job.task.kind == "generation":
+    else:
         stops = stop_ids(tokenizer)
-        settings: Any = model.generation_config  # a base model's stops at the end of a text, not at that of a turn
+        settings: Any = model.generation_config  # a base model's may stop at the end of a text or of a turn alone
         settings.eos_token_id = stops[0] if len(stops) == 1 else stops
         settings.pad_token_id = pad
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = undated(tokenizer.chat_template)  # that of training, on any day
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

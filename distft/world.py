@@ -44,6 +44,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DISTFT_CACHE") or Path.home() / ".cache" / "distft").expanduser()
 
 
+def api_key() -> str | None:
+    """The key with which servers are asked: OPENAI_API_KEY, as OpenAI's clients take it."""
+    return os.environ.get("OPENAI_API_KEY")
+
+
 def runs_folder() -> Path:
     """Where runs are kept when no ``--runs`` is given: DISTFT_RUNS, else ``runs`` in the current folder."""
     return Path(os.environ.get("DISTFT_RUNS") or "runs").expanduser()

@@ -83,7 +83,7 @@ def prepare(
     from distft.orchestrate.listener import SILENT
 
     loaded = _load(job, set_)
-    with _view() as view, connected(loaded):
+    with _view() as view, connected(loaded.cluster.address):
         data = prepare_data(loaded, SILENT if as_json else view)
     if as_json:
         _print_json(Prepared.open(data.prepared).card)
@@ -166,14 +166,32 @@ def evaluate(
 
 @app.command()
 def export(
-    run: RunName,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="A run's name or path.")] = None,
     to: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to write [default: RUN/export].")] = None,
     merge: Annotated[
         bool, typer.Option("--merge-adapter/--no-merge-adapter", help="A whole model, or [RUN/adapter] its LoRA alone.")
     ] = True,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Write nothing: prove that a folder, a .gguf file or a server's URL (its key in OPENAI_API_KEY) is "
+            "the trained model, by the certificate in it, or that of RUN.",
+        ),
+    ] = None,
     runs: Runs = None,
 ) -> None:
-    """Write the best model as a Hugging Face folder."""
+    """Write the best model as a Hugging Face folder; or check a copy of it."""
+    if check is not None:
+        from distft import certificate
+        from distft.certificate.check import check as prove
+        from distft.world import api_key
+
+        held = certificate.read(Path(check) if run is None else _find(run, runs).export)
+        typer.echo(f"{check}: {prove(held, check, api_key())}")
+        return
+    if run is None:
+        raise JobError("which run?", where="RUN", fix="distft export RUN; distft runs names them")
     from distft.orchestrate.results import export as write
 
     with _view() as view:
@@ -201,6 +219,47 @@ def generate(
     ):
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs to serve; NAME=RUN calls one otherwise.")],
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every network's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="And the port.")] = 8000,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Copies of each model [default: serve.replicas].")] = None,
+    engine: Annotated[str, typer.Option(help="auto or transformers; vllm is not built yet.")] = "auto",
+    address: Annotated[str, typer.Option(help="The Ray cluster: auto, local or an address.")] = "auto",
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="API keys, a line each [default: DISTFT_API_KEYS, or one made].")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Ask nobody for a key.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Put them in the place of what the cluster serves under these names.")
+    ] = False,
+    runs: Runs = None,
+) -> None:
+    """Answer over HTTP as OpenAI's API does, with models that are proved to be the trained ones; until Ctrl-C."""
+    from distft.cli.serving import how_to_ask
+    from distft.orchestrate.serving import serve as serving
+    from distft.orchestrate.serving import update as put
+    from distft.orchestrate.signals import wait_for_stop
+
+    _one_of("--engine", engine, ("auto", "transformers"))
+    named = [(name, run) if equals else (None, name) for name, equals, run in (one.partition("=") for one in models)]
+    found = {name or run.name: run for name, run in ((name, _find(run, runs)) for name, run in named)}
+    if len(found) < len(models):
+        raise JobError("two models have the same name", where=" ".join(models), fix="call one otherwise: NAME=RUN")
+    with _view() as view:
+        if update:
+            put(found, address=address, listener=view)
+            return
+        options: dict[str, Any] = {"host": host, "port": port, "replicas": replicas}
+        with serving(
+            found, **options, address=address, key_file=api_key_file, insecure=insecure, listener=view
+        ) as answering:
+            for line in how_to_ask(answering):
+                view.note(line)
+            wait_for_stop()
 
 
 @app.command()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distft.model.build import class_weights, training_model
     from distft.model.files import materialise
     from distft.model.flops import flops_per_token
-    from distft.model.generation import Answer, answers, batches, generate
+    from distft.model.generation import Answer, answers, batches, context_of, generate
     from distft.model.load import DTYPES, load_classifier, load_model
     from distft.model.loss import LossModel
     from distft.model.tokenizer import end_of_text_id, load_tokenizer, pad_id, stop_ids, token_bytes
@@ -27,6 +27,7 @@ _HOMES = {
     "Batch": "batch",
     "LossModel": "loss",
     "class_weights": "build",
+    "context_of": "generation",
     "end_of_text_id": "tokenizer",
     "flops_per_token": "flops",
     "generate": "generation",
@@ -49,6 +50,7 @@ __all__ = [
     "answers",
     "batches",
     "class_weights",
+    "context_of",
     "end_of_text_id",
     "flops_per_token",
     "generate",

@@ -7,6 +7,8 @@ of which most weights are frozen.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,24 @@ def merge_adapter(model: PreTrainedModel) -> None:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, module.get_base_layer())
     del model.peft_config
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether there is one in the model, not merged."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+@contextmanager
+def without_adapter(model: PreTrainedModel) -> Iterator[None]:
+    """The model as if its adapter were not there; what else was trained stays."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def write_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
+_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
@@ -49,7 +50,7 @@ def materialise(section: ModelSection, folder: Path) -> Path:
         path = source.file(address, folder, section.sha256, _PATTERNS)
     if path.is_file():
         path = _dequantised(path, address)
-    _check(path, trust_remote_code=section.trust_remote_code)
+    check_folder(path, trust_remote_code=section.trust_remote_code)
     return path
 
 
@@ -99,10 +100,14 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         raise DataError(f"the hub refused: {said[0]}", where=repository, fix="check model.revision") from error
 
 
-def _check(folder: Path, *, trust_remote_code: bool) -> None:
-    """Refuses a folder that lacks something, is damaged, or would run code of its own."""
+def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuses a Hugging Face folder that lacks something, is damaged, or would run code of its own.
+
+    Raises:
+        DataError: It does.
+    """
     config = _json(folder / "config.json")
-    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+    for path in (folder / name for name in _SETTINGS):
         if path.exists():
             _refuse_code(path, trust_remote_code=trust_remote_code)
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distft.errors import JobError, RunError
+from distft.model.decoding import TextStream
 from distft.model.tokenizer import end_of_text_id, pad_id, stop_ids
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Answer:
     stopped: bool
 
 
-def _context_of(model: PreTrainedModel) -> int | None:
+def context_of(model: PreTrainedModel) -> int | None:
     """Tokens that the model reads at most, prompt and answer together; None where its configuration names no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
@@ -78,7 +79,7 @@ def answers(
         prompts: Token ids of each, at least one.
         max_new_tokens: The most tokens of an answer.
     """
-    context = _context_of(model)
+    context = context_of(model)
     limits = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
     result = [Answer((), False)] * len(prompts)
     for limit in sorted({limit for limit in limits if limit > 0}):  # one, unless a prompt comes close to the context
@@ -138,7 +139,7 @@ def generate(
     if not (math.isfinite(temperature) and temperature >= 0):
         raise JobError(f"temperature is {temperature}", fix="0 for the likeliest text, around 1 for varied text")
     ids = list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt) or [end_of_text_id(tokenizer)]
-    context = _context_of(model)
+    context = context_of(model)
     if context is not None and len(ids) >= context:
         raise JobError(f"the prompt has {len(ids)} tokens; the model reads {context}", fix="shorten the prompt")
     limit = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
@@ -174,15 +175,7 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:
     """Text of a stream of ids; a character of several tokens waits for its last one."""
-    ids: list[int] = []
-    shown = ""
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if text.endswith("\ufffd"):
-            continue
-        if piece := text[len(shown) :]:
-            yield piece
-        shown = text
-    if rest := tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]:
+    stream = TextStream(tokenizer)
+    yield from filter(None, (stream.add([token]) for token in tokens))
+    if rest := stream.end():
         yield rest

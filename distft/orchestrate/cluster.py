@@ -17,10 +17,8 @@ ten minutes.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +36,9 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Ray Train's controller runs in the driver (see .trainer); what it says goes to the run's logs and not to the terminal.
 os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
 os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
-# A lost worker is told in one line of ours, not in ten of Ray's.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+# A lost worker is told in one line of ours, not in ten of Ray's; that Serve's controller is gone once it was asked to
+# go, in none.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed|Task ServeController")
 # Ray's functions would start a cluster of their own where there is none, also in a thread that outlives the run.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 # Workers are asked for only where there is room; what then does not start went away in between.
@@ -204,26 +203,24 @@ def listed(need: Mapping[str, float], nodes: Sequence[Node]) -> str:
 
 
 @contextlib.contextmanager
-def connected(job: Job) -> Iterator[list[Node]]:
-    """Connects to the job's cluster (``auto``: the running one, else one started here) and leaves it at the end.
+def connected(address: str) -> Iterator[list[Node]]:
+    """Connects to a cluster (``auto``: the running one, else one started here) and leaves it at the end.
 
     Yields:
         The live nodes and their resources.
 
     Raises:
-        CapacityError: No cluster answers at the job's address.
+        CapacityError: No cluster answers at that address.
     """
     import ray
 
-    # Ray's start is waiting for other processes; the imports that training needs next take the same seconds.
-    threading.Thread(target=importlib.import_module, args=["ray.train.torch"], daemon=True).start()
-    address = None if job.cluster.address == "auto" else job.cluster.address
+    known = None if address == "auto" else address
     try:
-        ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(address=known, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         raise CapacityError(
             f"no Ray cluster answers: {str(error).splitlines()[0]}",
-            where=f"cluster.address {job.cluster.address!r}",
+            where=f"cluster.address {address!r}",
             fix="start one (ray start --head), or use cluster.address: local for one that distft starts itself",
         ) from error
     _protect_token()

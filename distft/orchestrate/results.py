@@ -15,10 +15,11 @@ from distft.checkpoint import Checkpoint, best, complete, newest_sound, signing_
 from distft.config import Job
 from distft.data.order import sampled_rows
 from distft.data.store import Prepared
-from distft.errors import CheckpointError, JobError
+from distft.errors import CheckpointError, DataError, JobError
 from distft.evaluation import DocumentScore, Estimate, Scored, Subject, Written
 from distft.export import ADAPTER, write_card
 from distft.export import export as write_export
+from distft.ledger.plan import plan_of
 from distft.orchestrate.cluster import Node, connected, worker_resources
 from distft.orchestrate.data import Data, prepare
 from distft.orchestrate.listener import SILENT, Listener
@@ -47,6 +48,7 @@ def export(
     listener.stage("export")
     job = job_of(run)
     checkpoint = _checkpoint(job, run, step)
+    prepared = _prepared(job, run, listener) if merge else None
     with checkpoint.shards():  # those in a bucket are fetched once
         verify(checkpoint)
         folder = write_export(
@@ -57,9 +59,19 @@ def export(
             dtype=decision(run, "model.dtype"),
             merge=merge,
             scores=read_json(run.evaluation) if run.evaluation.exists() else None,
+            prepared=prepared,
         )
     append_line(run.metrics, event("export", checkpoint.step, str(folder)))
     return folder
+
+
+def _prepared(job: Job, run: Run, listener: Listener) -> Path | None:
+    """The data that the run was trained on; None where it is gone, which must not keep a model from its owner."""
+    try:
+        return plan_of(job, run).prepared.folder
+    except DataError as error:
+        listener.note(f"  no parity certificate, without which `distft serve` refuses the export: {error}")
+        return None
 
 
 def _checkpoint(job: Job, run: Run, step: int | None = None) -> Checkpoint:
@@ -108,7 +120,7 @@ def evaluate(run: Run, *, split: str = "test", model: str = "best", listener: Li
     """
     job = job_of(run)
     listener.stage("cluster")
-    with connected(job) as nodes:
+    with connected(job.cluster.address) as nodes:
         data = prepare(job, listener)
         listener.stage(f"evaluate on {split}")
         compared = ["base", model] if job.evaluate.compare_base and model != "base" else [model]

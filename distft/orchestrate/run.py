@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,7 +95,9 @@ def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[
     """A run in progress: its data and its cluster; ``result.json`` tells how it ended, in any case."""
     began = time.monotonic()
     listener.stage("cluster")
-    with connected(job) as nodes, interruptible():
+    # Ray's start is waiting for other processes; the imports that training needs next take the same seconds.
+    threading.Thread(target=importlib.import_module, args=["ray.train.torch"], daemon=True).start()
+    with connected(job.cluster.address) as nodes, interruptible():
         if where := joined():
             listener.note(f"  {where}")
         check_capacity(workers_of(job), worker_resources(job, nodes), nodes)

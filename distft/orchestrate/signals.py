@@ -42,6 +42,14 @@ def interruptible() -> Iterator[None]:
         yield
 
 
+def wait_for_stop() -> None:
+    """Returns at Ctrl-C or SIGTERM; the next one is a KeyboardInterrupt again."""
+    asked = threading.Event()
+    with _handling(lambda *_: asked.set()):
+        while not asked.wait(1):  # in pieces: a signal's handler runs between them
+            pass
+
+
 @contextlib.contextmanager
 def _handling(handler: Callable[..., object], *numbers: signal.Signals) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers, and gets signals

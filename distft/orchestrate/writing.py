@@ -109,14 +109,12 @@ def _answered(job: Job, run: Run, data: Data, split: str) -> dict[str, str]:
     rows = Prepared.open(data.prepared).rows(split)
     task, tokenizer = task_of(job, data.model), models.load_tokenizer(data.model)
     assert isinstance(task, Generation)
-    before, _, after = task.opening(_MARK).partition(_MARK)
     asked = {}
     for question in questions(rows, np.arange(min(len(rows), _LOOKED_AT))):
         text = tokenizer.decode(question.prompt)
-        words = text[len(before) : len(text) - len(after)]
-        single = before + words + after == text and not (after and after in words)
-        asked[words if single else text] = question
-        if single:
+        words = task.words_of(text)
+        asked[text if words is None else words] = question
+        if words is not None:
             break
     prompt, question = asked.popitem()
     written = {
@@ -130,7 +128,6 @@ def _answered(job: Job, run: Run, data: Data, split: str) -> dict[str, str]:
     }
 
 
-_MARK = "7markq7"  # words that no template holds
 _LOOKED_AT = 50  # rows
 
 

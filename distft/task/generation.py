@@ -19,7 +19,9 @@ from distft.data.example import KEPT, NO_TARGET, TRUNCATED, Column, Example
 from distft.errors import DataError
 from distft.task.encoder import continuing, cut, encoder, fast_tokenizer
 from distft.task.presets import MESSAGES, Wording, wording_of
-from distft.task.template import ChatTemplate, Piece, answered
+from distft.task.template import ChatTemplate, Message, Piece, answered
+
+_MARK = "7markq7"  # words that no template holds
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,25 @@ class Generation:
 
     def opening_ids(self, prompt: str) -> list[int]:
         """The token ids of :meth:`opening`."""
-        (tokens,) = self._tokens([[Piece(self.opening(prompt), False)]])
+        return self._ids(self.opening(prompt))
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation up to where the model's next answer begins; there must be a chat template.
+
+        Raises:
+            DataError: The template refuses the conversation.
+        """
+        assert self.template is not None, "conversations need a template"
+        return self._ids(self.template.opening(messages))
+
+    def words_of(self, text: str) -> str | None:
+        """The prompt whose :meth:`opening` a text is; None where it is none, as with a conversation of more turns."""
+        before, _, after = self.opening(_MARK).partition(_MARK)
+        words = text[len(before) : len(text) - len(after)]
+        return words if before + words + after == text and not (after and after in words) else None
+
+    def _ids(self, text: str) -> list[int]:
+        (tokens,) = self._tokens([[Piece(text, False)]])
         return tokens.ids
 
     def _pieces(self, values: tuple[str, ...]) -> list[Piece]:

@@ -81,7 +81,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             return None
         given = tokenizer.get_chat_template()
-        source = _TODAY.sub(lambda match: json.dumps(DATE.strftime(match["format"])), given)
+        source = undated(given)
         special = tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
         ends = tuple(tokenizer.convert_ids_to_tokens(list(stops)))
         bare = cls(source, special, ends)
@@ -184,6 +184,11 @@ class ChatTemplate:
             fix = "change the conversation, or the tokenizer's chat_template"
             raise _refused(f"the chat template refuses a conversation: {error}", messages, fix) from error
         return str(text)
+
+
+def undated(source: str) -> str:
+    """A template that writes :data:`DATE` where it wrote today's."""
+    return _TODAY.sub(lambda match: json.dumps(DATE.strftime(match["format"])), source)
 
 
 def answered(messages: Sequence[Message]) -> list[int]:

@@ -156,7 +156,7 @@ def test_a_language_model(kind: str, adapter: dict[str, Any] | None, make: Make,
     assert expected.sum() < before.sum() - 1
     settings = transformers.GenerationConfig.from_pretrained(folder)
     end_of_text, end_of_turn = (TOKENS.convert_tokens_to_ids(name) for name in ("<|endoftext|>", "<|im_end|>"))
-    assert settings.eos_token_id == ([end_of_text, end_of_turn] if kind == "generation" else 2)
+    assert settings.eos_token_id == [end_of_text, end_of_turn]
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card
     assert ("LoRA: rank 2, alpha 32; merged" in card) is (adapter is not None)

@@ -1,0 +1,225 @@
+"""How fast a run's model is served, and what stands between the engine and the client.
+
+- ``python benchmarks/serve.py RUN throughput``: 16 requests of 128 tokens at once over HTTP, Ray Serve and all, against
+  transformers' continuous batching manager alone in one process with as many threads, in turn.
+- ``hop``: a request for one token through Ray Serve, against the same HTTP API in one process.
+- ``load``: requests that arrive at random (a Poisson process, whether or not the ones before are answered) at some
+  shares of the throughput: time to first token, time per token, and the share of requests within a goal.
+
+RUN is the folder of a run that was exported, such as the quickstart's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import httpx  # noqa: E402
+
+from benchmarks.provenance import provenance  # noqa: E402
+from distft.runs import Run, read_json, write_json  # noqa: E402
+
+BASELINE = ROOT / "benchmarks" / "baselines" / "serve.json"
+REQUESTS, NEW_TOKENS = 16, 128
+#: Goals of a request that a reader does not wait for: seconds to the first token, and between two.
+FIRST_SECONDS, EACH_SECONDS = 2.0, 0.25
+WORDS = """
+The people of our union have asked what the coming year will bring to the schools and roads of every state
+"""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One streamed answer: seconds to its first token, between tokens on average, and how many it had."""
+
+    first: float
+    each: float
+    tokens: int
+
+
+def prompts(count: int, seed: int = 1) -> list[str]:
+    """Texts of about 64 words, no two alike."""
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS.split(), k=64)) for _ in range(count)]
+
+
+@contextlib.contextmanager
+def served(run: Run, port: int) -> Iterator[str]:
+    """The run behind ``distft serve``; its URL."""
+    key = "benchmark-" + "0" * 32
+    command = [sys.executable, "-m", "distft", "serve", str(run.folder), "--port", str(port), "--address", "local"]
+    process = subprocess.Popen(command, env={**os.environ, "DISTFT_API_KEYS": key})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                    break
+            if process.poll() is not None:
+                raise SystemExit("distft serve ended before it was ready")
+            time.sleep(1)
+        yield url
+    finally:
+        process.send_signal(2)
+        process.wait(120)
+
+
+def client(url: str) -> httpx.AsyncClient:
+    headers = {"Authorization": "Bearer benchmark-" + "0" * 32}
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=600, limits=httpx.Limits(max_connections=None))
+
+
+async def pieces(http: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of one streamed completion."""
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+    async with http.stream("POST", "/v1/completions", json=asked) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))
+
+
+async def timed(http: httpx.AsyncClient, model: str, prompt: str) -> Timed:
+    began, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
+    async for piece in pieces(http, {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS}):
+        last = time.perf_counter()
+        first = first or last
+        if piece["usage"]:
+            tokens = piece["usage"]["completion_tokens"]
+    return Timed(first - began, (last - first) / max(1, tokens - 1), tokens)
+
+
+async def burst(url: str, model: str) -> float:
+    """Tokens per second of 16 requests that are sent at once."""
+    async with client(url) as http:
+        began = time.perf_counter()
+        answers = await asyncio.gather(*(timed(http, model, prompt) for prompt in prompts(REQUESTS)))
+        return sum(answer.tokens for answer in answers) / (time.perf_counter() - began)
+
+
+ALONE = """
+import json, sys, time, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
+folder, count, dtype, prompts = json.load(sys.stdin)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+settings = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=model.generation_config.eos_token_id)
+blocks = 8 + len(inputs) * (2 + (max(map(len, inputs)) + count) // 32)
+batching = ContinuousBatchingConfig(page_size=32, num_blocks=blocks, max_batch_tokens=1024)
+for repeat in range(2):
+    began = time.perf_counter()
+    written = model.generate_batch(inputs, generation_config=settings, continuous_batching_config=batching)
+    tokens = sum(len(one.generated_tokens) for one in written.values())
+    print(tokens / (time.perf_counter() - began))
+"""
+
+
+def alone(run: Run) -> float:
+    """Tokens per second of the manager alone, in a process of its own, the second time."""
+    asked = json.dumps(
+        [str(run.export), NEW_TOKENS, DTYPES[read_json(run.export / "distft.json")["dtype"]], prompts(REQUESTS)]
+    )
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    told = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        input=asked,
+        text=True,
+        check=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **threads},
+    )
+    return float(told.stdout.split()[-1])
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def throughput(run: Run, repeats: int) -> dict[str, Any]:
+    """Tokens per second through everything, and of the manager alone, in turn."""
+    through, without = [], []
+    for _ in range(repeats):
+        without.append(alone(run))
+        with served(run, 8100) as url:
+            asyncio.run(burst(url, run.name))  # the first is for caches
+            through.append(asyncio.run(burst(url, run.name)))
+        print(f"alone {without[-1]:.1f} tokens/s, served {through[-1]:.1f}", flush=True)
+    ratios = [one / other for one, other in zip(through, without, strict=True)]
+    return {"alone": without, "served": through, "ratio": statistics.median(ratios)}
+
+
+def shares(values: list[float]) -> dict[str, float]:
+    """p50, p95 and p99."""
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
+
+
+async def arriving(url: str, model: str, per_second: float, count: int) -> dict[str, Any]:
+    """Requests that arrive whether or not the ones before are answered."""
+    draw = random.Random(7)
+    async with client(url) as http:
+
+        async def one(prompt: str) -> Timed | None:
+            try:
+                return await timed(http, model, prompt)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != 429:
+                    raise
+                return None
+
+        running = []
+        for prompt in prompts(count, seed=2):
+            running.append(asyncio.create_task(one(prompt)))
+            await asyncio.sleep(draw.expovariate(per_second))
+        answers = [answer for answer in await asyncio.gather(*running) if answer is not None]
+    good = sum(answer.first <= FIRST_SECONDS and answer.each <= EACH_SECONDS for answer in answers)
+    return {
+        "requests_per_second": per_second,
+        "answered": len(answers),
+        "refused_429": count - len(answers),
+        "first_token_seconds": shares([answer.first for answer in answers]),
+        "token_seconds": shares([answer.each for answer in answers]),
+        "within_goal": good / count,
+    }
+
+
+def load(run: Run, repeats: int) -> dict[str, Any]:
+    """Latency at 0.4, 0.6 and 0.8 of the throughput."""
+    with served(run, 8101) as url:
+        asyncio.run(burst(url, run.name))
+        most = asyncio.run(burst(url, run.name)) / NEW_TOKENS
+        found = [asyncio.run(arriving(url, run.name, share * most, 20 * repeats)) for share in (0.4, 0.6, 0.8)]
+    return {"goal_seconds": {"first": FIRST_SECONDS, "each": EACH_SECONDS}, "most_per_second": most, "loads": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("what", choices=["throughput", "load"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=BASELINE)
+    arguments = parser.parse_args()
+    measure = {"throughput": throughput, "load": load}[arguments.what]
+    measured = measure(Run(arguments.run.resolve()), arguments.repeats)
+    known = read_json(arguments.out) if arguments.out.exists() else {}
+    write_json(arguments.out, {**known, arguments.what: {"provenance": provenance(), **measured}})
+    print(json.dumps(measured, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""A run's model behind HTTP on the cluster, until somebody asks to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distft.certificate import read as certificate
+from distft.config import Bounds
+from distft.errors import CapacityError, JobError, RunError
+from distft.orchestrate.cluster import Node, connected, describe, free_nodes, joined, listed, room
+from distft.orchestrate.listener import SILENT, Listener
+from distft.runs import Run
+from distft.serving.keys import Keys
+from distft.serving.protocol import Model
+from distft.train.folder import job_of
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Models that answer.
+
+    Attributes:
+        url: Where.
+        models: What they are called, and what they do.
+        key: The API key that was made, since none was given; None where there was one, or none is asked for.
+        insecure: Whether no key is asked for.
+    """
+
+    url: str
+    models: tuple[Model, ...]
+    key: str | None
+    insecure: bool
+
+
+@contextlib.contextmanager
+def serve(
+    models: Run | Mapping[str, Run],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    replicas: int | None = None,
+    address: str = "auto",
+    key_file: Path | None = None,
+    insecure: bool = False,
+    listener: Listener = SILENT,
+) -> Iterator[Serving]:
+    """Serves the exported models of some runs; a context, at whose end requests are finished and replicas go.
+
+    What is not given is the first run's ``serve`` section's.
+
+    Args:
+        models: A run, whose model is called as it is, or runs by the names that requests call their models.
+        host: The address to listen at; loopback unless said otherwise.
+        port: And the port.
+        replicas: Copies of each model.
+        address: The cluster: ``auto``, ``local`` or an address.
+        key_file: A file of API keys; else those in DISTFT_API_KEYS, else one is made.
+        insecure: Whether no key is asked for.
+        listener: Who is told.
+
+    Raises:
+        JobError: A run has no export, the port is taken, or the cluster serves models already.
+        CapacityError: The cluster cannot hold the replicas.
+        RunError: A replica does not start, or its model is not the one that was trained; the message says why.
+    """
+    from distft.serving.app import Settings, deploy, models_of, running, shut_down, start
+
+    runs = {models.name: models} if isinstance(models, Run) else dict(models)
+    _check_exports(runs)
+    _check_port(host, port)
+    section = job_of(next(iter(runs.values()))).serve
+    asked = Bounds(min=replicas, max=replicas) if replicas is not None else section.replicas
+    key, hashes = _keys(key_file, insecure)
+    listener.stage("cluster")
+    with _on(address, listener) as nodes:
+        if running() is not None:
+            raise JobError(
+                "this cluster serves models already", where=address, fix="--update puts others in their place"
+            )
+        most, need = asked.max * len(runs), _resources(nodes, asked.max * len(runs))
+        _check_room(most, need, nodes, "serve fewer models or replicas, or join a larger cluster")
+        settings = Settings(
+            models={name: str(run.export) for name, run in runs.items()},
+            min_replicas=asked.min,
+            max_replicas=asked.max,
+            resources=need,
+            threads=max(1, int(_most_cpus(nodes)) // most),
+            max_new_tokens=section.max_new_tokens,
+            keys=hashes,
+            key_file=str(key_file.resolve()) if key_file else None,
+            insecure=insecure,
+        )
+        listener.stage("start replicas, and prove that they are the trained model")
+        try:
+            start(host, port)
+            for name, proof in deploy(settings).items():
+                listener.note(f"  {name}: {proof}")
+            listener.stage("serving")
+            yield Serving(f"http://{host}:{port}", models_of(settings), key, insecure)
+            listener.stage("finish the requests that run")
+        finally:
+            shut_down()
+
+
+def update(models: Mapping[str, Run], *, address: str = "auto", listener: Listener = SILENT) -> None:
+    """Puts other runs in the place of what a cluster serves under these names, without losing a request.
+
+    New replicas start beside the old ones, and take their place when they have proved themselves; where they cannot,
+    the old ones stay.
+
+    Args:
+        models: Runs by the names that requests call their models; those under other names stay as they are.
+        address: The cluster.
+        listener: Who is told.
+
+    Raises:
+        JobError: A run has no export, or the cluster serves nothing.
+        CapacityError: The cluster has no room for new replicas beside the old ones.
+        RunError: The new replicas do not start, or their model is not the one that was trained.
+    """
+    from distft.serving.app import deploy, running
+
+    _check_exports(models)
+    listener.stage("cluster")
+    with _on(address, listener):
+        before = running()
+        if before is None:
+            raise JobError("this cluster serves nothing", where=address, fix="leave --update out")
+        folders = {name: str(run.export) for name, run in models.items()}
+        count, fix = len(models) * before.max_replicas, "add a node, or stop the server and serve the new run"
+        _check_room(count, before.resources, free_nodes(), fix)
+        listener.stage("start replicas, and prove that they are the trained model")
+        try:
+            proofs = deploy(before.model_copy(update={"models": before.models | folders}))
+        except RunError:
+            deploy(before)  # else Ray Serve goes on asking for the new ones
+            raise
+        for name in models:
+            listener.note(f"  {name}: {proofs[name]}")
+
+
+@contextlib.contextmanager
+def _on(address: str, listener: Listener) -> Iterator[list[Node]]:
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    with connected(address) as nodes:
+        if (where := joined()) is not None:
+            listener.note(f"  {where}")
+        yield nodes
+
+
+def _check_exports(models: Mapping[str, Run]) -> None:
+    for name, run in models.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise JobError(
+                f"a model cannot be called {name!r}", fix="letters, digits, '.', '_' and '-'; NAME=RUN names it"
+            )
+        if not (run.export / "config.json").is_file():
+            raise JobError(f"{run.name} has no exported model", where=str(run.export), fix=f"distft export {run.name}")
+        certificate(run.export)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuses an address that cannot be listened at: Serve's proxy would try it for ever."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(place)
+    except OSError as error:
+        raise JobError(
+            f"cannot listen at {host}:{port}: {error.strerror}", where="--port", fix="choose another port or host"
+        ) from error
+
+
+def _check_room(replicas: int, need: Mapping[str, float], nodes: Sequence[Node], fix: str) -> None:
+    """Refuses what would wait for room for ever."""
+    if (fit := room(need, nodes)) < replicas:
+        what = describe(replicas, need).replace("worker", "replica")
+        raise CapacityError(f"{what} are asked for, and there is room for {fit} ({listed(need, nodes)})", fix=fix)
+
+
+def _resources(nodes: Sequence[Node], replicas: int) -> dict[str, float]:
+    """What a replica takes: a GPU where there is one; of the CPUs, half its share, so that a new one fits beside it."""
+    if any(node.resources.get("GPU", 0) for node in nodes):
+        return {"CPU": 1.0, "GPU": 1.0}
+    return {"CPU": _most_cpus(nodes) / (2 * replicas)}
+
+
+def _most_cpus(nodes: Sequence[Node]) -> float:
+    return max(node.resources.get("CPU", 0) for node in nodes)
+
+
+def _keys(file: Path | None, insecure: bool) -> tuple[str | None, tuple[str, ...]]:
+    """The key that was made, where there is none, and what the gateway knows keys by beside a file's."""
+    if insecure:
+        return None, ()
+    if file is not None:
+        Keys(file=file)  # refused here rather than on the cluster
+        return None, ()
+    if listed := os.environ.get("DISTFT_API_KEYS"):
+        return None, Keys.listed(listed).hashes()
+    keys, made = Keys.made()
+    return made, keys.hashes()

@@ -1,0 +1,405 @@
+"""Ray Serve around the HTTP API: a light gateway, and replicas that each hold one model.
+
+Ray's own tools take it too: ``serve deploy`` and KubeRay's RayService name it as ``import_path:
+distft.serving.app:build``, with :class:`Settings` as ``args``
+(https://docs.ray.io/en/releases-2.60.0/serve/advanced-guides/app-builder-guide.html).
+
+Two tiers, so that a dead replica, a full queue and a timeout are answered by us with OpenAI's error object, where
+Serve's own proxy would answer with plain text that makes clients try a slow request three times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import re
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from distft.errors import RunError
+from distft.serving.models import model_of
+from distft.serving.protocol import ApiError, Delta, Judgement, Model, Question
+
+APP, GATEWAY = "distft", "gateway"
+"""The names of the application and of its way in, on the cluster."""
+#: Requests that run when a server is stopped have so long.
+_LEAVE_SECONDS = 30.0
+_LOOK_SECONDS = 0.5
+_QUIET = {"log_level": "ERROR", "enable_access_log": False}
+#: A request whose replica dies before it has told anything goes to another one, this often.
+_TRIES = 3
+_LOST = (RayActorError, ReplicaUnavailableError)
+
+
+class Settings(BaseModel):
+    """What is served, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: dict[str, str] = Field(min_length=1)
+    """The folder of an export by the name that requests call it; every node must see it."""
+    min_replicas: int = Field(default=1, ge=0)
+    """Copies of each model that there are at least; 0 lets it go while nobody asks."""
+    max_replicas: int = Field(default=1, ge=1)
+    """Copies of each model that there are at most."""
+    resources: dict[str, float] = {"CPU": 1.0}
+    """What each replica takes of the cluster; where there is room for a second one, updates lose no request."""
+    threads: int = Field(default=1, ge=1)
+    """Threads that each replica computes with on a CPU."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """The most tokens in one answer."""
+    concurrent: int = Field(default=16, ge=1)
+    """Answers that a replica writes at the same time."""
+    waiting: int = Field(default=64, ge=0)
+    """Requests that may wait for a place; those beyond are told to come back later."""
+    seconds: float = Field(default=300.0, gt=0)
+    """The longest that one request may take."""
+    keys: tuple[str, ...] = ()
+    """Hashes of API keys: see :meth:`distft.serving.keys.Keys.hashes`."""
+    key_file: str | None = None
+    """A file of API keys on the gateway's node, read again when it changes."""
+    insecure: bool = False
+    """Whether no key is asked for."""
+
+
+class Replica:
+    """One copy of a model: ready only when it has answered its certificate's prompts as the trained model did."""
+
+    def __init__(self, name: str, folder: str, settings: Settings) -> None:
+        import torch
+
+        from distft.serving.replica import proven
+
+        torch.set_num_threads(settings.threads)
+        self._service, self._proof = proven(
+            name,
+            Path(folder),
+            max_new_tokens=settings.max_new_tokens,
+            concurrent=settings.concurrent,
+            waiting=settings.waiting,
+        )
+
+    async def pieces(self, question: Question) -> AsyncGenerator[list[Delta]]:
+        """The pieces of all answers; those that come while the last ones travel are sent together."""
+        async for deltas in gathered(self._service.answer(question)):
+            yield deltas
+
+    async def whole(self, question: Question) -> list[Delta]:
+        """All pieces at once: one message through the cluster where nobody reads along."""
+        return [delta async for delta in self._service.answer(question)]
+
+    async def classify(self, name: str, texts: Sequence[str]) -> list[Judgement]:
+        """The labels of some texts."""
+        return await self._service.classify(name, texts)
+
+    async def proof(self) -> str:
+        """A line that says how it was proved to be the trained model."""
+        return self._proof
+
+    async def check_health(self) -> None:
+        """Ray Serve asks every ten seconds, and starts another replica where this raises."""
+        self._service.check()
+
+
+async def gathered(pieces: AsyncGenerator[Delta]) -> AsyncGenerator[list[Delta]]:
+    """Pieces as they come, in lists: all that came while the reader was busy with the list before."""
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+
+    async def read() -> None:
+        try:
+            async for piece in pieces:
+                queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    reading = asyncio.create_task(read())
+    try:
+        while True:
+            found = [await queue.get()]
+            while not queue.empty():
+                found.append(queue.get_nowait())
+            if told := [one for one in found if isinstance(one, Delta)]:
+                yield told
+            if isinstance(found[-1], BaseException):
+                raise found[-1]
+            if found[-1] is None:
+                return
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await pieces.aclose()
+
+
+class Replicas:
+    """The service that the gateway asks: models whose replicas are anywhere on the cluster."""
+
+    def __init__(self, models: Sequence[Model], handles: Mapping[str, DeploymentHandle]) -> None:
+        self._models = {model.name: model for model in models}
+        self._handles = handles
+        self._ready: frozenset[str] = frozenset()
+
+    def models(self) -> list[Model]:
+        """All of them; ready are those with a replica, or that have none because nobody asks."""
+        return [dataclasses.replace(model, ready=model.name in self._ready) for model in self._models.values()]
+
+    async def watch(self) -> None:
+        """Looks which models have a replica, again and again; never returns."""
+        while True:
+            status = await asyncio.to_thread(serve.status)
+            found = status.applications[APP].deployments if APP in status.applications else {}
+            self._ready = frozenset(
+                name for name, one in found.items() if one.replica_states.get("RUNNING") or one.status == "HEALTHY"
+            )
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def answer(self, question: Question) -> AsyncGenerator[Delta]:
+        """See :class:`~.protocol.Service`."""
+        handle, told = self._handle(question.model), False
+        for attempt in range(1, _TRIES + 1):
+            try:
+                if question.stream:
+                    pieces = handle.options(stream=True).pieces.remote(question)
+                    try:
+                        async for deltas in pieces:
+                            told = True
+                            for delta in deltas:
+                                yield delta
+                    finally:
+                        pieces.cancel()
+                else:
+                    for delta in await _cancellable(handle.whole.remote(question)):
+                        yield delta
+                return
+            except Exception as error:
+                _refuse(error, told=told, last=attempt == _TRIES)
+
+    async def classify(self, model: str, texts: Sequence[str]) -> list[Judgement]:
+        """See :class:`~.protocol.Service`."""
+        handle = self._handle(model)
+        for attempt in range(1, _TRIES + 1):
+            try:
+                found: list[Judgement] = await _cancellable(handle.classify.remote(model, texts))
+                return found
+            except Exception as error:
+                _refuse(error, told=False, last=attempt == _TRIES)
+        raise AssertionError("the last try returns or raises")
+
+    def _handle(self, name: str) -> DeploymentHandle:
+        if name not in self._handles:
+            raise ApiError(404, f"there is no model {name!r}", code="model_not_found", param="model")
+        return self._handles[name]
+
+
+async def _cancellable(response: Any) -> Any:
+    """A replica's answer; it stops working on it where nobody waits any more."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+def _refuse(error: Exception, *, told: bool, last: bool) -> None:
+    """Says in our words why a request failed; returns where it can be tried again on another replica."""
+    if isinstance(error, ApiError):
+        raise getattr(error, "cause", error)  # Ray wraps what a replica raises
+    if isinstance(error, BackPressureError):
+        raise ApiError(
+            429, "too many requests are waiting", "rate_limit_error", code="overloaded", retry_after=1.0
+        ) from error
+    if isinstance(error, DeploymentUnavailableError):
+        raise ApiError(503, "the model could not be started", "server_error", code="unavailable") from error
+    if isinstance(error, TaskCancelledError) or (isinstance(error, _LOST) and (told or last)):
+        raise ApiError(
+            503,
+            "the replica that wrote this answer is gone; ask again",
+            "server_error",
+            code="replica_lost",
+            retry_after=1.0,
+        ) from error
+    if not isinstance(error, _LOST):
+        raise error
+
+
+@serve.ingress()
+class Gateway:
+    """Speaks HTTP; holds no model."""
+
+    def __init__(self, settings: Settings, models: Sequence[Model], handles: dict[str, DeploymentHandle]) -> None:
+        self._settings = settings
+        self._service = Replicas(models, handles)
+        self._watching = asyncio.get_running_loop().create_task(self._service.watch())
+        self._api: FastAPI
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The application that Serve's proxy hands requests to."""
+        from distft.serving.api import create
+        from distft.serving.keys import Keys
+        from distft.serving.limits import Limits
+
+        asked = self._settings
+        keys = None if asked.insecure else Keys(asked.keys, Path(asked.key_file) if asked.key_file else None)
+        replicas = asked.max_replicas * len(asked.models)
+        limits = Limits(
+            new_tokens=asked.max_new_tokens,
+            seconds=asked.seconds,
+            running=asked.concurrent * replicas,
+            waiting=asked.waiting,
+        )
+        self._api = create(self._service, keys, limits)
+        return _without_request_id(self._api)
+
+    async def check_health(self) -> None:
+        """Ray Serve asks every ten seconds, and starts another gateway where this raises."""
+        if self._watching.done():
+            self._watching.result()
+
+    async def settings(self) -> Settings:
+        """What is served."""
+        return self._settings
+
+    async def ready(self) -> bool:
+        """Whether every model is."""
+        return all(model.ready for model in self._service.models())
+
+    async def drain(self) -> int:
+        """Refuses new requests from now on; tells how many are left."""
+        state = self._api.state
+        state.draining = True
+        return int(state.gate.running + state.gate.waiting)
+
+
+def _without_request_id(app: FastAPI) -> ASGIApp:
+    """The application without the header that Serve's proxy adds too, from the same id."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await app(scope, receive, told)
+
+    return wrapped
+
+
+def build(settings: Settings) -> serve.Application:
+    """The application.
+
+    Raises:
+        RunError: A folder is no export.
+    """
+    handles = {
+        name: _deployment(name, settings).bind(name, settings.models[name], settings) for name in settings.models
+    }
+    gateway = serve.deployment(
+        Gateway,
+        name=GATEWAY,
+        max_ongoing_requests=10_000,  # its own limits come first
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=settings.seconds,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return gateway.bind(settings, models_of(settings), handles)
+
+
+def models_of(settings: Settings) -> tuple[Model, ...]:
+    """What the exports say of their models.
+
+    Raises:
+        RunError: A folder is no export.
+    """
+    return tuple(model_of(name, Path(folder)) for name, folder in settings.models.items())
+
+
+def _deployment(name: str, settings: Settings) -> serve.Deployment:
+    """Replicas of one model: new ones start, and prove themselves, before old ones go."""
+    resources = dict(settings.resources)
+    many: dict[str, Any] = {"num_replicas": settings.max_replicas}
+    if settings.min_replicas != settings.max_replicas:
+        many = {
+            "autoscaling_config": {
+                "min_replicas": settings.min_replicas,
+                "max_replicas": settings.max_replicas,
+                "target_ongoing_requests": settings.concurrent,
+            }
+        }
+    return serve.deployment(
+        Replica,
+        name=name,
+        ray_actor_options={
+            "num_cpus": resources.pop("CPU", 0),
+            "num_gpus": resources.pop("GPU", 0),
+            "resources": resources,
+        },
+        max_ongoing_requests=settings.concurrent,
+        max_queued_requests=settings.waiting,
+        max_constructor_retry_count=1,
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=settings.seconds,
+        **many,
+    )
+
+
+def start(host: str, port: int) -> None:
+    """Starts Ray Serve on the cluster that this process is connected to."""
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_QUIET)
+
+
+def deploy(settings: Settings) -> dict[str, str]:
+    """Starts the application, or puts this one in the place of another, and waits until it answers.
+
+    Returns:
+        By model, a line that says how a replica was proved to be the trained one.
+
+    Raises:
+        RunError: A replica did not start, with what it said.
+    """
+    try:
+        serve.run(build(settings), name=APP, route_prefix="/", logging_config=_QUIET)
+    except RuntimeError as error:
+        raise _why(settings) or RunError(str(error)) from error
+    gateway = serve.get_deployment_handle(GATEWAY, APP)
+    while not gateway.ready.remote().result():
+        time.sleep(_LOOK_SECONDS)
+    return {name: serve.get_deployment_handle(name, APP).proof.remote().result() for name in settings.models}
+
+
+def _why(settings: Settings) -> RunError | None:
+    """What a replica that did not start said last; Ray Serve hands it on as the text of a traceback."""
+    for name in settings.models:
+        said = serve.status().applications[APP].deployments[name].message.strip()
+        ours = re.search(r"^distft\.errors\.\w+: (.+)", said, re.DOTALL | re.MULTILINE)
+        if said:
+            return RunError(ours[1] if ours else said.splitlines()[-1], where=name)
+    return None
+
+
+def running() -> Settings | None:
+    """What the cluster serves now; None where it serves nothing of ours."""
+    if APP not in serve.status().applications:
+        return None
+    found: Settings = serve.get_deployment_handle(GATEWAY, APP).settings.remote().result()
+    return found
+
+
+def shut_down() -> None:
+    """Lets the requests that run finish, and ends all replicas."""
+    if APP in serve.status().applications:
+        gateway = serve.get_deployment_handle(GATEWAY, APP)
+        until = time.monotonic() + _LEAVE_SECONDS
+        while gateway.drain.remote().result() and time.monotonic() < until:
+            time.sleep(0.2)
+    serve.shutdown()

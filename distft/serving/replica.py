@@ -1,0 +1,85 @@
+"""One model in this process, proved to be the trained one through the HTTP that clients use."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from distft.certificate import compare, proved, read, refuse
+from distft.certificate.http import replay
+from distft.certificate.identity import identity
+from distft.errors import RunError
+from distft.serving.api import create
+from distft.serving.classifier import Classifier
+from distft.serving.models import model_of
+from distft.serving.service import Judge, LocalService, Writer
+from distft.serving.transformers_engine import TransformersEngine
+
+_START_SECONDS = 30.0
+
+
+def proven(
+    name: str,
+    folder: Path,
+    *,
+    max_new_tokens: int,
+    concurrent: int,
+    waiting: int,
+) -> tuple[LocalService, str]:
+    """Loads an export and replays its certificate over HTTP, on a port that only this process knows.
+
+    Args:
+        name: What requests call the model.
+        folder: The export.
+        max_new_tokens: The most tokens of one answer.
+        concurrent: Answers that are written at the same time.
+        waiting: Answers that may wait for a place.
+
+    Returns:
+        The model behind a service, and a line that says what was proved.
+
+    Raises:
+        DataError: The folder cannot be loaded, or is not safe to load.
+        RunError: What is served is not the model that was trained; the message names the reason.
+    """
+    certificate = read(folder)
+    service = LocalService(
+        [_loaded(name, folder, certificate.dtype, concurrent)],
+        max_new_tokens=max_new_tokens,
+        most=concurrent + waiting,
+    )
+    with _listening(service) as url:
+        replies = replay(certificate, url, model=name)
+    served = identity(folder)
+    refuse(compare(certificate, replies, served), str(folder))
+    return service, proved(certificate, replies, served)
+
+
+def _loaded(name: str, folder: Path, dtype: str, concurrent: int) -> Writer | Judge:
+    model = model_of(name, folder)
+    if model.kind == "classification":
+        return Judge(model, Classifier.load(folder, dtype))
+    return Writer(model, TransformersEngine.load(folder, dtype, concurrent=concurrent))
+
+
+@contextlib.contextmanager
+def _listening(service: LocalService) -> Iterator[str]:
+    """The HTTP API over a service of this process; its address."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(create(service, None, page=None), port=0, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + _START_SECONDS
+    while not server.started:
+        if time.monotonic() > until or not thread.is_alive():
+            raise RunError("no port could be listened at to prove the model")
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

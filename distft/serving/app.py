@@ -15,6 +15,7 @@ import dataclasses
 import re
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,11 @@ class Replica:
             waiting=settings.waiting,
         )
 
-    async def pieces(self, question: Question) -> AsyncGenerator[list[Delta]]:
-        """The pieces of all answers; those that come while the last ones travel are sent together."""
-        async for deltas in gathered(self._service.answer(question)):
-            yield deltas
+    async def pieces(self, question: Question) -> AsyncGenerator[Delta]:
+        """The pieces of all answers, as they come."""
+        async with aclosing(self._service.answer(question)) as found:
+            async for delta in found:
+                yield delta
 
     async def whole(self, question: Question) -> list[Delta]:
         """All pieces at once: one message through the cluster where nobody reads along."""
@@ -112,36 +114,6 @@ class Replica:
         self._service.check()
 
 
-async def gathered(pieces: AsyncGenerator[Delta]) -> AsyncGenerator[list[Delta]]:
-    """Pieces as they come, in lists: all that came while the reader was busy with the list before."""
-    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
-
-    async def read() -> None:
-        try:
-            async for piece in pieces:
-                queue.put_nowait(piece)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    reading = asyncio.create_task(read())
-    try:
-        while True:
-            found = [await queue.get()]
-            while not queue.empty():
-                found.append(queue.get_nowait())
-            if told := [one for one in found if isinstance(one, Delta)]:
-                yield told
-            if isinstance(found[-1], BaseException):
-                raise found[-1]
-            if found[-1] is None:
-                return
-    finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-        await pieces.aclose()
-
-
 class Replicas:
     """The service that the gateway asks: models whose replicas are anywhere on the cluster."""
 
@@ -156,9 +128,10 @@ class Replicas:
 
     async def watch(self) -> None:
         """Looks which models have a replica, again and again; never returns."""
+        name = serve.get_replica_context().app_name
         while True:
             status = await asyncio.to_thread(serve.status)
-            found = status.applications[APP].deployments if APP in status.applications else {}
+            found = status.applications[name].deployments if name in status.applications else {}
             self._ready = frozenset(
                 name for name, one in found.items() if one.replica_states.get("RUNNING") or one.status == "HEALTHY"
             )
@@ -172,10 +145,9 @@ class Replicas:
                 if question.stream:
                     pieces = handle.options(stream=True).pieces.remote(question)
                     try:
-                        async for deltas in pieces:
+                        async for delta in pieces:
                             told = True
-                            for delta in deltas:
-                                yield delta
+                            yield delta
                     finally:
                         pieces.cancel()
                 else:
@@ -295,12 +267,17 @@ def _without_request_id(app: FastAPI) -> ASGIApp:
     return wrapped
 
 
-def build(settings: Settings) -> serve.Application:
+def build(settings: Settings | Mapping[str, Any]) -> serve.Application:
     """The application.
+
+    Args:
+        settings: Or, from Ray's own tools, its fields as they stand in their file.
 
     Raises:
         RunError: A folder is no export.
+        ValueError: The fields are no settings.
     """
+    settings = Settings.model_validate(settings)
     handles = {
         name: _deployment(name, settings).bind(name, settings.models[name], settings) for name in settings.models
     }

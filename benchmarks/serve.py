@@ -2,7 +2,7 @@
 
 - ``python benchmarks/serve.py RUN throughput``: 16 requests of 128 tokens at once over HTTP, Ray Serve and all, against
   transformers' continuous batching manager alone in one process with as many threads, in turn.
-- ``hop``: a request for one token through Ray Serve, against the same HTTP API in one process.
+- ``hop``: a request for one token through Ray Serve, against the same HTTP API in one process without Ray.
 - ``load``: requests that arrive at random (a Poisson process, whether or not the ones before are answered) at some
   shares of the throughput: time to first token, time per token, and the share of requests within a goal.
 
@@ -105,11 +105,22 @@ async def timed(http: httpx.AsyncClient, model: str, prompt: str) -> Timed:
 
 
 async def burst(url: str, model: str) -> float:
-    """Tokens per second of 16 requests that are sent at once."""
+    """Tokens per second of 16 requests that are sent at once, each answer streamed token by token."""
     async with client(url) as http:
         began = time.perf_counter()
         answers = await asyncio.gather(*(timed(http, model, prompt) for prompt in prompts(REQUESTS)))
         return sum(answer.tokens for answer in answers) / (time.perf_counter() - began)
+
+
+async def burst_of_wholes(url: str, model: str) -> float:
+    """The same with each answer sent whole."""
+    async with client(url) as http:
+        asked = {"model": model, "max_tokens": NEW_TOKENS, "temperature": 0}
+        began = time.perf_counter()
+        posts = (http.post("/v1/completions", json={**asked, "prompt": prompt}) for prompt in prompts(REQUESTS))
+        answers = [answer.raise_for_status().json() for answer in await asyncio.gather(*posts)]
+        tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
+        return tokens / (time.perf_counter() - began)
 
 
 ALONE = """
@@ -152,15 +163,17 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 def throughput(run: Run, repeats: int) -> dict[str, Any]:
     """Tokens per second through everything, and of the manager alone, in turn."""
-    through, without = [], []
+    found: dict[str, list[float]] = {"alone": [], "streamed": [], "whole": []}
     for _ in range(repeats):
-        without.append(alone(run))
+        found["alone"].append(alone(run))
         with served(run, 8100) as url:
-            asyncio.run(burst(url, run.name))  # the first is for caches
-            through.append(asyncio.run(burst(url, run.name)))
-        print(f"alone {without[-1]:.1f} tokens/s, served {through[-1]:.1f}", flush=True)
-    ratios = [one / other for one, other in zip(through, without, strict=True)]
-    return {"alone": without, "served": through, "ratio": statistics.median(ratios)}
+            asyncio.run(burst_of_wholes(url, run.name))  # the first is for caches
+            found["whole"].append(asyncio.run(burst_of_wholes(url, run.name)))
+            found["streamed"].append(asyncio.run(burst(url, run.name)))
+        print({name: round(values[-1], 1) for name, values in found.items()}, flush=True)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    ratios = {f"{name}_over_alone": medians[name] / medians["alone"] for name in ("streamed", "whole")}
+    return {"tokens_per_second": found, **ratios}
 
 
 def shares(values: list[float]) -> dict[str, float]:
@@ -207,14 +220,61 @@ def load(run: Run, repeats: int) -> dict[str, Any]:
     return {"goal_seconds": {"first": FIRST_SECONDS, "each": EACH_SECONDS}, "most_per_second": most, "loads": found}
 
 
+async def one_token(url: str, model: str, count: int) -> list[float]:
+    """Seconds of each of some requests for one token, one after the other."""
+    found = []
+    async with client(url) as http:
+        for _ in range(count):
+            began = time.perf_counter()
+            asked = {"model": model, "prompt": "The people", "max_tokens": 1, "temperature": 0}
+            (await http.post("/v1/completions", json=asked)).raise_for_status()
+            found.append(time.perf_counter() - began)
+    return found
+
+
+PLAIN = """
+import sys, uvicorn
+from pathlib import Path
+import torch
+from distft.serving.api import create
+from distft.serving.replica import proven
+torch.set_num_threads(int(sys.argv[3]))
+service, _ = proven(sys.argv[1], Path(sys.argv[2]), max_new_tokens=512, concurrent=16, waiting=64)
+uvicorn.run(create(service, None, page=None), port=int(sys.argv[4]), log_config=None, lifespan="off")
+"""
+
+
+def hop(run: Run, repeats: int) -> dict[str, Any]:
+    """Seconds of a request for one token, with Ray Serve between and without."""
+    with served(run, 8102) as url:
+        asyncio.run(one_token(url, run.name, 10))
+        through = asyncio.run(one_token(url, run.name, 20 * repeats))
+    command = [sys.executable, "-c", PLAIN, run.name, str(run.export), str(os.cpu_count()), "8103"]
+    process = subprocess.Popen(command)
+    try:
+        url = "http://127.0.0.1:8103"
+        for _ in range(120):
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/readyz").status_code == 200:
+                    break
+            time.sleep(1)
+        asyncio.run(one_token(url, run.name, 10))
+        without = asyncio.run(one_token(url, run.name, 20 * repeats))
+    finally:
+        process.terminate()
+        process.wait()
+    medians = {"through_ray_serve": statistics.median(through), "one_process": statistics.median(without)}
+    return {"median_seconds": medians, "hop_seconds": medians["through_ray_serve"] - medians["one_process"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("what", choices=["throughput", "load"])
+    parser.add_argument("what", choices=["throughput", "hop", "load"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=BASELINE)
     arguments = parser.parse_args()
-    measure = {"throughput": throughput, "load": load}[arguments.what]
+    measure = {"throughput": throughput, "hop": hop, "load": load}[arguments.what]
     measured = measure(Run(arguments.run.resolve()), arguments.repeats)
     known = read_json(arguments.out) if arguments.out.exists() else {}
     write_json(arguments.out, {**known, arguments.what: {"provenance": provenance(), **measured}})

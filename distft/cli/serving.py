@@ -26,6 +26,6 @@ def how_to_ask(serving: Serving) -> Iterator[str]:
 def _example(model: Model) -> tuple[str, dict[str, Any]]:
     if model.kind == "classification":
         return "/v1/classify", {"model": model.name, "input": "a text"}
-    if model.chat:
+    if model.kind == "generation" and model.chat:
         return "/v1/chat/completions", {"model": model.name, "messages": [{"role": "user", "content": "Hello!"}]}
     return "/v1/completions", {"model": model.name, "prompt": "Once upon a time"}

@@ -166,7 +166,7 @@ def sample_lines(sample: Mapping[str, str]) -> list[str]:
 def _next(run: Run, job: Job, job_file: Path, step: int, sample: Mapping[str, str] | None) -> Sequence[str]:
     """Commands to go on with."""
     commands = [
-        f"{DISTFT} evaluate {run.name} --model last",
+        f"{DISTFT} serve {run.name}",
         f"{DISTFT} run {job_file} --name {run.name}-longer --set train.steps={3 * step}",
     ]
     if job.task.kind == "classification":

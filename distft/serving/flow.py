@@ -167,7 +167,8 @@ class Events(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends them while the client listens."""
-        await while_there(receive, self._tell(scope, send))
+        with suppress(ClientDisconnect):  # once the answer has begun, nobody else can say that the client left
+            await while_there(receive, self._tell(scope, send))
 
     async def _tell(self, scope: Scope, send: Send) -> None:
         begun = False

@@ -171,6 +171,7 @@ async function send(event) {
   say("Writing …");
   at("text").value = "";
   at("text").focus();
+  at("columns").scrollIntoView();
   const fine = await Promise.all(chosen().map((name) => answered(name, text, running.signal)));
   busy(null);
   if (fine.every(Boolean)) return say("");

@@ -78,11 +78,8 @@ class Replica:
     """One copy of a model: ready only when it has answered its certificate's prompts as the trained model did."""
 
     def __init__(self, name: str, folder: str, settings: Settings) -> None:
-        import torch
-
         from distft.serving.replica import proven
 
-        torch.set_num_threads(settings.threads)
         self._service, self._proof = proven(
             name,
             Path(folder),
@@ -320,6 +317,8 @@ def _deployment(name: str, settings: Settings) -> serve.Deployment:
             "num_cpus": resources.pop("CPU", 0),
             "num_gpus": resources.pop("GPU", 0),
             "resources": resources,
+            # As the process starts: what is set later does not reach the thread in which the engine computes.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}},
         },
         max_ongoing_requests=settings.concurrent,
         max_queued_requests=settings.waiting,

@@ -15,7 +15,7 @@ import dataclasses
 import re
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ APP, GATEWAY = "distft", "gateway"
 #: Requests that run when a server is stopped have so long.
 _LEAVE_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
+_READY_SECONDS = 60.0
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 #: A request whose replica dies before it has told anything goes to another one, this often.
 _TRIES = 3
@@ -347,8 +348,10 @@ def deploy(settings: Settings) -> dict[str, str]:
         serve.run(build(settings), name=APP, route_prefix="/", logging_config=_QUIET)
     except RuntimeError as error:
         raise _why(settings) or RunError(str(error)) from error
-    gateway = serve.get_deployment_handle(GATEWAY, APP)
+    gateway, until = serve.get_deployment_handle(GATEWAY, APP), time.monotonic() + _READY_SECONDS
     while not gateway.ready.remote().result():
+        if time.monotonic() > until:
+            raise RunError("its replicas run, and the gateway does not see them", where=APP)
         time.sleep(_LOOK_SECONDS)
     return {name: serve.get_deployment_handle(name, APP).proof.remote().result() for name in settings.models}
 
@@ -374,8 +377,8 @@ def running() -> Settings | None:
 def shut_down() -> None:
     """Lets the requests that run finish, and ends all replicas."""
     if APP in serve.status().applications:
-        gateway = serve.get_deployment_handle(GATEWAY, APP)
-        until = time.monotonic() + _LEAVE_SECONDS
-        while gateway.drain.remote().result() and time.monotonic() < until:
-            time.sleep(0.2)
+        gateway, until = serve.get_deployment_handle(GATEWAY, APP), time.monotonic() + _LEAVE_SECONDS
+        with suppress(TimeoutError):  # one that did not start knows of no requests
+            while gateway.drain.remote().result(timeout_s=_LEAVE_SECONDS) and time.monotonic() < until:
+                time.sleep(_LOOK_SECONDS)
     serve.shutdown()

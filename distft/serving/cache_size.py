@@ -11,8 +11,8 @@ import torch
 
 from distft.errors import CapacityError
 
-#: The share of a device's free memory that is taken; a CPU's is other programs' too.
-_SHARE = {"cpu": 0.5, "cuda": 0.8}
+#: The share of a device's free memory that is taken; a CPU's is other programs' too, and the next replica's.
+_SHARE = {"cpu": 0.2, "cuda": 0.8}
 #: The most tokens of one forward pass: a long prompt is read in pieces, while other answers go on.
 _BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 _PAGE_TOKENS = 32
@@ -36,7 +36,7 @@ class CacheSize:
 def free_memory(device: torch.device) -> int:
     """Bytes that keys and values may take on a device."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(free * _SHARE.get(device.type, 0.5))
+    return int(free * _SHARE.get(device.type, 0.2))
 
 
 def cache_size(

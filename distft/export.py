@@ -18,7 +18,7 @@ from distft.checkpoint import Checkpoint, weights
 from distft.config import Job
 from distft.data.store import Prepared
 from distft.errors import CheckpointError, JobError
-from distft.runs import read_json, write_json
+from distft.runs import Run, read_json, write_json
 from distft.task.prepare import task_of
 from distft.task.template import undated
 
@@ -144,6 +144,17 @@ class _Parity:
     def as_json(self, folder: Path) -> Any:
         """The certificate, with what the written folder is."""
         return as_json(self.stops, self.special, identity(folder), self.records)
+
+
+def exported(run: Run) -> Path:
+    """The folder of a run's exported model.
+
+    Raises:
+        JobError: There is none.
+    """
+    if not (run.export / "config.json").is_file():
+        raise JobError(f"{run.name} has no exported model", where=str(run.export), fix=f"distft export {run.name}")
+    return run.export
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from distft.certificate import read as certificate
 from distft.config import Bounds
 from distft.errors import CapacityError, JobError, RunError
+from distft.export import exported
 from distft.orchestrate.cluster import Node, connected, describe, free_nodes, joined, listed, room
 from distft.orchestrate.listener import SILENT, Listener
 from distft.runs import Run
@@ -161,9 +162,7 @@ def _check_exports(models: Mapping[str, Run]) -> None:
             raise JobError(
                 f"a model cannot be called {name!r}", fix="letters, digits, '.', '_' and '-'; NAME=RUN names it"
             )
-        if not (run.export / "config.json").is_file():
-            raise JobError(f"{run.name} has no exported model", where=str(run.export), fix=f"distft export {run.name}")
-        certificate(run.export)
+        certificate(exported(run))
 
 
 def _check_port(host: str, port: int) -> None:

@@ -12,6 +12,7 @@ from distft.config import Job
 from distft.data.store import Prepared, Row
 from distft.errors import JobError
 from distft.evaluation import Subject, Unit, questions, score
+from distft.export import exported
 from distft.orchestrate.data import Data
 from distft.runs import Run, decision
 from distft.task.generation import Generation
@@ -46,9 +47,7 @@ def generate(
             where=run.name,
             fix=f'ask it with transformers: pipeline("text-classification", model="{run.export}")(text)',
         )
-    if model == "best" and not (run.export / "config.json").exists():
-        raise JobError(f"{run.name} has no exported model", where=str(run.export), fix=f"distft export {run.name}")
-    folder = run.export if model == "best" else models.materialise(job.model, job.folder)
+    folder = exported(run) if model == "best" else models.materialise(job.model, job.folder)
     trust = job.model.trust_remote_code
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     loaded = models.load_model(folder, models.DTYPES[decision(run, "model.dtype")], trust_remote_code=trust)

@@ -272,7 +272,7 @@ def build(settings: Settings | Mapping[str, Any]) -> serve.Application:
         settings: Or, from Ray's own tools, its fields as they stand in their file.
 
     Raises:
-        RunError: A folder is no export.
+        JobError: A folder is no export.
         ValueError: The fields are no settings.
     """
     settings = Settings.model_validate(settings)
@@ -294,7 +294,7 @@ def models_of(settings: Settings) -> tuple[Model, ...]:
     """What the exports say of their models.
 
     Raises:
-        RunError: A folder is no export.
+        JobError: A folder is no export.
     """
     return tuple(model_of(name, Path(folder)) for name, folder in settings.models.items())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distft.errors import RunError
+from distft.certificate import read
+from distft.certificate.record import FILE
 from distft.runs import read_json
 from distft.serving.protocol import Model
 
@@ -13,17 +14,14 @@ def model_of(name: str, folder: Path) -> Model:
     """The model in an export's folder.
 
     Raises:
-        RunError: There is none.
+        JobError: There is none that can be proved.
     """
-    certificate, config = folder / "distft.json", folder / "config.json"
-    if not (certificate.is_file() and config.is_file()):
-        raise RunError("no model is exported here", where=str(folder), fix="distft export RUN")
-    settings = read_json(config)
-    tokenizer = read_json(folder / "tokenizer_config.json")
+    certificate, config = read(folder), read_json(folder / "config.json")
+    text = config.get("text_config", config)
     return Model(
         name=name,
-        kind=read_json(certificate)["task"],
-        created=int(certificate.stat().st_mtime),
-        context=settings.get("max_position_embeddings") or settings["n_positions"],
-        chat="chat_template" in tokenizer or (folder / "chat_template.jinja").is_file(),
+        kind=certificate.kind,
+        created=int((folder / FILE).stat().st_mtime),
+        context=text.get("max_position_embeddings") or text.get("n_positions"),
+        chat=certificate.identity.template is not None,
     )

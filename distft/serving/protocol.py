@@ -96,9 +96,7 @@ class Engine(Protocol):
     def failure(self) -> str | None:
         """Why it writes no more; None while it does."""
 
-    def write(
-        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None = None
-    ) -> AsyncGenerator[list[Token]]:
+    def write(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[list[Token]]:
         """The tokens of one answer as they come, one or several at a time.
 
         It ends after an id of ``stop_ids`` or after ``max_new_tokens``. Closing the generator (``aclose``) cancels the
@@ -107,7 +105,6 @@ class Engine(Protocol):
         Args:
             prompt: Token ids, at least one; together with ``max_new_tokens`` within the context.
             sampling: How tokens are chosen.
-            adapter: The LoRA to use, by the name that it was loaded under; None for none.
 
         Raises:
             ApiError: 500 where the engine failed.
@@ -197,15 +194,15 @@ class Model:
         name: What requests call it.
         kind: The job's ``task.kind``.
         created: Seconds since the epoch: when it was exported.
-        context: Tokens that it reads at most.
+        context: Tokens that it reads at most; None where its configuration does not say.
         chat: Whether it has a template for conversations.
         ready: Whether a replica of it has proved that it is the trained one.
     """
 
     name: str
-    kind: Literal["language_modeling", "generation", "classification"]
+    kind: str
     created: int
-    context: int
+    context: int | None
     chat: bool
     ready: bool = True
 

@@ -116,8 +116,8 @@ class ModelCard(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
-    kind: Literal["language_modeling", "generation", "classification"]
-    context: int
+    kind: str
+    context: int | None
     chat: bool
     ready: bool
 

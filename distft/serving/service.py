@@ -91,13 +91,13 @@ class Writer:
         Raises:
             ApiError: 400 where they do not fit.
         """
-        room = self.model.context - len(prompt)
+        room = self.engine.context - len(prompt)
         if asked > most:
             raise ApiError(400, f"max_tokens is {asked}; the most is {most}", param="max_tokens")
         if room < max(asked, 1):
             raise ApiError(
                 400,
-                f"This model's maximum context length is {self.model.context} tokens. However, {len(prompt)} tokens "
+                f"This model's maximum context length is {self.engine.context} tokens. However, {len(prompt)} tokens "
                 f"are in the prompt and {max(asked, 1)} are asked for. Please reduce the length of either.",
                 code="context_length_exceeded",
                 param="prompt",

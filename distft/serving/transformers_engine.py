@@ -231,14 +231,8 @@ class TransformersEngine:
         model: Any = load_model(folder, DTYPES[dtype])
         return cls(model.to(device), load_tokenizer(folder), concurrent=concurrent, context=context)
 
-    async def write(
-        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None = None
-    ) -> AsyncGenerator[list[Token]]:
+    async def write(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[list[Token]]:
         """See :meth:`.protocol.Engine.write`; a slow reader gets several tokens at a time."""
-        if adapter is not None:
-            raise ApiError(
-                400, f"adapter {adapter!r}: this engine has none; merge it, or serve with vLLM", param="model"
-            )
         if not (prompt and 0 <= min(prompt) <= max(prompt) < self._vocabulary):  # on a GPU it would end the process
             raise ApiError(400, f"a prompt is one or more token ids from 0 to {self._vocabulary - 1}", param="prompt")
         name = str(next(self._numbers))

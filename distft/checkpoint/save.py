@@ -37,16 +37,18 @@ class _Write:
     Attributes:
         planned: It, with the bytes of each rank's file and without their sha256.
         snapshot: What this rank writes.
-        thread: Writes this rank's file.
-        record: That file as it was written.
-        error: Why it could not be.
+        began: When, by ``time.perf_counter``.
+        thread: Writes this rank's file and, on rank 0, COMPLETE.
+        outcome: The checkpoint, on rank 0, or why there is none.
+        seconds: How long it took until then.
     """
 
     planned: Checkpoint
     snapshot: Snapshot
+    began: float
     thread: threading.Thread | None = None
-    record: FileRecord | None = None
-    error: DistftError | None = None
+    outcome: Checkpoint | DistftError | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,17 @@ class Saver:
     """Saves an engine's state, one checkpoint at a time; every rank makes one and calls every method equally often.
 
     Each rank copies its state into host memory and writes the copy in a thread, beside the next steps, into a folder
-    of a name that is never used again. When all have, rank 0 looks for every file and writes COMPLETE: only then the
-    checkpoint exists. Room within the budget is made before a byte is written.
+    of a name that is never used again. When all have, rank 0's thread looks for every file and writes COMPLETE: only
+    then the checkpoint exists. Room within the budget is made before a byte is written.
 
     Args:
         engine: Whose state is saved.
         storage: Where; every rank must see the same.
         key: What COMPLETE is signed with.
         budget_bytes: What everything in the storage may take together, at any moment.
+
+    Attributes:
+        seconds: How long the last save took, from the copy to COMPLETE.
     """
 
     def __init__(self, engine: Engine, storage: Storage, key: bytes, budget_bytes: int) -> None:
@@ -79,6 +84,7 @@ class Saver:
         self._budget_bytes = budget_bytes
         self._write: _Write | None = None
         self._written: Snapshot | None = None  # its memory is for the next one
+        self.seconds = 0.0
 
     @property
     def pending(self) -> bool:
@@ -87,7 +93,7 @@ class Saver:
 
     @property
     def written(self) -> bool:
-        """Whether this rank's part of it is on the disk, or has failed; asks no other rank."""
+        """Whether it is complete, or has failed, as far as this rank knows; asks no other."""
         return self._write is not None and self._write.thread is not None and not self._write.thread.is_alive()
 
     def save(self, state: State) -> Checkpoint:
@@ -107,15 +113,16 @@ class Saver:
         """
         if self._write is not None:
             raise RuntimeError("a checkpoint is being written: finish() comes first")
+        began = time.perf_counter()
         snapshot, self._written = self._engine.snapshot(into=self._written), None
         sizes = self._engine.gather(shards.file_bytes(snapshot))
         planned = _on_main(self._engine, lambda: self._plan(state, sizes))
-        self._write = _Write(planned, snapshot)
-        self._write.thread = threading.Thread(target=self._write_shard, args=(self._write,), name="checkpoint")
+        self._write = _Write(planned, snapshot, began)
+        self._write.thread = threading.Thread(target=self._write_beside, args=(self._write,), name="checkpoint")
         self._write.thread.start()
 
     def finish(self) -> Checkpoint:
-        """Waits until every rank has written its part, and makes the checkpoint complete.
+        """Waits until every rank has written its part and the checkpoint is complete.
 
         Raises:
             CapacityError: The disk is full, or the ranks do not see the same storage; on every rank. Nothing of this
@@ -127,31 +134,44 @@ class Saver:
             raise RuntimeError("no checkpoint is being written: begin() comes first")
         if write.thread is not None:
             write.thread.join()
-        self._written = write.snapshot
-        reports = self._engine.gather(_Report(write.record, write.error, socket.gethostname()))
-        try:
-            return _on_main(self._engine, lambda: self._commit(write.planned, reports))
-        except DistftError:
-            with suppress(OSError, CheckpointError):  # rank 0 cannot where the storage is not shared
-                self._storage.delete([self._file(write.planned)])
-            raise
+        self._written, self.seconds = write.snapshot, write.seconds
+        outcome: Checkpoint | DistftError = self._engine.broadcast(write.outcome)
+        if isinstance(outcome, Checkpoint):
+            return outcome
+        with suppress(OSError, CheckpointError):  # rank 0 cannot where the storage is not shared
+            self._storage.delete([self._file(write.planned)])
+        raise outcome
 
     def _file(self, checkpoint: Checkpoint) -> str:
         return f"{checkpoint.name}/{checkpoint.files[self._engine.world.rank].name}"
 
-    def _write_shard(self, write: _Write) -> None:
-        """The thread: writes this rank's file."""
+    def _write_beside(self, write: _Write) -> None:
+        """The thread: writes this rank's file, and on rank 0 COMPLETE when all have written theirs."""
+        rank = self._engine.world.rank
+        try:
+            reports = self._engine.gather_aside(self._write_shard(write))
+            if self._engine.world.is_main:
+                write.outcome = self._commit(write.planned, reports)
+        except DistftError as error:
+            write.outcome = error
+        except Exception as error:
+            logger.exception("rank %d cannot make a checkpoint complete", rank)
+            write.outcome = CheckpointError(f"cannot be completed: {error!r}", where=f"rank {rank}")
+        write.seconds = time.perf_counter() - write.began
+
+    def _write_shard(self, write: _Write) -> _Report:
+        """Writes this rank's file."""
+        rank, host = self._engine.world.rank, socket.gethostname()
         try:
             size, digest = self._storage.write(self._file(write.planned), shards.content(write.snapshot))
-            name = write.planned.files[self._engine.world.rank].name
-            write.record = FileRecord(name, size, digest)
+            return _Report(FileRecord(write.planned.files[rank].name, size, digest), None, host)
         except DistftError as error:
-            write.error = error
+            return _Report(None, error, host)
         except OSError as error:
-            write.error = _explained(error, f"rank {self._engine.world.rank}, {self._storage}")
+            return _Report(None, _explained(error, f"rank {rank}, {self._storage}"), host)
         except Exception as error:
-            logger.exception("rank %d cannot write its part of a checkpoint", self._engine.world.rank)
-            write.error = CheckpointError(f"cannot be written: {error!r}", where=f"rank {self._engine.world.rank}")
+            logger.exception("rank %d cannot write its part of a checkpoint", rank)
+            return _Report(None, CheckpointError(f"cannot be written: {error!r}", where=f"rank {rank}"), host)
 
     def _plan(self, state: State, sizes: Sequence[int]) -> Checkpoint:
         """Decides, on rank 0, which files there will be, and makes room for them."""

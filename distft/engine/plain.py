@@ -98,6 +98,10 @@ class PlainEngine:
         """See :class:`~distft.engine.protocol.Engine`."""
         return [value]
 
+    def gather_aside(self, value: Any) -> list[Any]:
+        """See :class:`~distft.engine.protocol.Engine`."""
+        return [value]
+
     def barrier(self) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from distft.world import World
+
+#: A rank's thread may wait so long for another's: for as long as writing to a slow storage takes.
+_ASIDE = timedelta(hours=6)
 
 
 def device_of(world: World) -> torch.device:
@@ -55,8 +59,14 @@ def broadcast(value: Any, device: torch.device) -> Any:
     return values[0]
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's value, in the order of ranks, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
+
+
+def aside() -> dist.ProcessGroup:
+    """A group of all ranks for threads beside training, whose collectives must not meet those of training."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_ASIDE)
+    return group

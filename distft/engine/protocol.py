@@ -141,6 +141,10 @@ class Engine(Protocol):
         """Every rank's value, in the order of ranks, on every rank."""
         ...
 
+    def gather_aside(self, value: Any) -> list[Any]:
+        """As :meth:`gather`, for a thread beside training; it meets the other ranks' threads, one of each at a time."""
+        ...
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         ...

@@ -66,6 +66,7 @@ class ZeroEngine:
         self.world = world
         self.device = device
         self._settings = settings
+        self._aside = processes.aside()
         self._trained = {  # shapes as well: ZeRO-3 leaves nothing of them on the parameters
             name: (parameter, tuple(parameter.shape))
             for name, parameter in model.model.named_parameters()
@@ -136,6 +137,10 @@ class ZeroEngine:
         """See :class:`~distft.engine.protocol.Engine`."""
         return processes.gather(value)
 
+    def gather_aside(self, value: Any) -> list[Any]:
+        """See :class:`~distft.engine.protocol.Engine`."""
+        return processes.gather(value, self._aside)
+
     def barrier(self) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""
         dist.barrier()
@@ -174,6 +179,7 @@ class ZeroEngine:
     def close(self) -> None:
         """See :class:`~distft.engine.protocol.Engine`."""
         self._engine.destroy()
+        dist.destroy_process_group(self._aside)
         del self._engine, self._trained
 
 

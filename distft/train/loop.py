@@ -255,8 +255,8 @@ def _exchange(training: Training, mine: npt.NDArray[np.float64]) -> tuple[npt.ND
         mine: Loss sums of the step's rows, (rows,), 0 where another rank has the row.
 
     Returns:
-        Every row's loss sum, (rows,); the most memory of any rank, in bytes; whether every rank has written its part
-        of a save; and what rank 0 was asked to do.
+        Every row's loss sum, (rows,); the most memory of any rank, in bytes; whether a save is
+        complete, as every rank knows; and what rank 0 was asked to do.
     """
     engine, size = training.engine, training.engine.world.size
     memory = [0.0] * size

@@ -31,13 +31,16 @@ class Saving:
         self._probe = probe
         self._reporter = reporter
         self._step = 0
-        self._began = 0.0
         self._blocking_seconds = 0.0
-        self.seconds = 0.0  # that the last one took, from the copy to COMPLETE
+
+    @property
+    def seconds(self) -> float:
+        """How long the last save took, from the copy to COMPLETE."""
+        return self._saver.seconds
 
     @property
     def written(self) -> bool:
-        """Whether a save is under way whose part of this rank is on the disk."""
+        """Whether a save is under way that is complete as far as this rank knows."""
         return self._saver.pending and self._saver.written
 
     def begin(self, progress: Progress) -> None:
@@ -49,7 +52,7 @@ class Saving:
             self._failed(error)
 
     def look(self, *, everywhere: bool) -> None:
-        """Commits the save under way once every rank has written its part."""
+        """Ends the save under way once it is complete."""
         if self._saver.pending and everywhere:
             self.settle()
 
@@ -62,30 +65,28 @@ class Saving:
         """
         self.settle()
         self._copy(progress)
-        self._commit()
+        self._finish()
 
     def _copy(self, progress: Progress) -> None:
-        self._began, self._step = time.perf_counter(), progress.step
+        began, self._step = time.perf_counter(), progress.step
         saved = {**asdict(progress), "skipped_steps": list(progress.skipped_steps)}
         self._saver.begin(replace(self._state, **saved, probe_loss=self._probe()))
-        self._blocking_seconds = time.perf_counter() - self._began
+        self._blocking_seconds = time.perf_counter() - began
 
     def settle(self) -> None:
         """Ends the save under way, waiting for what is not written yet."""
         if self._saver.pending:
             try:
-                self._commit()
+                self._finish()
             except (CapacityError, CheckpointError) as error:
                 self._failed(error)
 
-    def _commit(self) -> None:
+    def _finish(self) -> None:
         waiting = time.perf_counter()
         checkpoint = self._saver.finish()
-        now = time.perf_counter()
-        self.seconds = now - self._began
         facts = {
             "bytes": checkpoint.bytes,
-            "blocking_seconds": self._blocking_seconds + now - waiting,
+            "blocking_seconds": self._blocking_seconds + time.perf_counter() - waiting,
             "write_seconds": self.seconds,
         }
         what = f"{checkpoint.bytes:,} bytes in {checkpoint.name}"

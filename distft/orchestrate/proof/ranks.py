@@ -15,7 +15,7 @@ from pathlib import Path
 from distft.errors import DistftError, RunError
 
 #: What every rank imports, imported once: they are forked from a process that has it.
-PRELOADED = "distft.orchestrate.proof.preloaded"
+PRELOADED = "distft.train.preloaded"
 #: Seconds that ranks may take to fail of the same, before the others are ended.
 GRACE_SECONDS = 3.0
 

@@ -98,6 +98,7 @@ def fit(
     workers: int,
     need: Mapping[str, float],
     selectors: Sequence[Mapping[str, str]] | None = None,
+    environment: Mapping[str, Any] | None = None,
 ) -> Outcome | Failure:
     """Runs one group of workers to its end; blocks until then.
 
@@ -106,6 +107,7 @@ def fit(
         workers: How many.
         need: What each of them holds.
         selectors: Labels of the node that each may run on; rank 0 is with the first.
+        environment: The runtime environment of their processes (:mod:`.standby`); None for the job's.
 
     Returns:
         How training ended, or how the group failed.
@@ -132,6 +134,7 @@ def fit(
         run_config=RunConfig(
             name=group_name(run, assignment.attempt.began or 0.0),
             storage_path=str(run.logs / "ray"),
+            worker_runtime_env=None if environment is None else dict(environment),
             # A group that could not start is told like any other: Ray would try for ever.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),

@@ -65,7 +65,7 @@ class _Lent(DefaultPlacementGroupHandle):  # type: ignore[misc]
 
 
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
-    """Workers whose environment is the job's own, so that Ray gives them processes that it has started already."""
+    """Workers whose environment is no other than we say, so that Ray gives them processes that it has started."""
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:

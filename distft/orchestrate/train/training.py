@@ -105,6 +105,8 @@ class Training:
         rungs: tuple[int, ...] | None = None,
         until: int | None = None,
     ) -> None:
+        from distft.orchestrate.train.standby import Standby
+
         self._job, self._run, self._data, self._need = job, run, data, need
         self._listener, self._asked, self._rungs, self._until = listener, asked, rungs, until
         self._bounds = workers_of(job)
@@ -113,6 +115,10 @@ class Training:
         self._step: int | None = None  # the last one of this group of workers
         self._limit: int | None = None  # rows of a pass that memory holds, once that is known
         self._head_silent = False
+        self._threads = max(1, int(need.get("CPU", 1)))
+        # A trial of a search is short, and there are many: none waits for it in idle processes.
+        self._standby = Standby(need, self._threads) if rungs is None else None
+        self._readied: float | None = None  # the group of workers that others stand by for
 
     def run(self) -> Outcome:
         """Starts groups of workers until one ends as it should, or it is no use.
@@ -162,26 +168,28 @@ class Training:
         """Runs one group of workers to its end, with an eye on it and on the cluster."""
         from distft.orchestrate.train.fit import Assignment, fit
 
+        nodes = cluster.free_nodes()
         stall = self._job.cluster.stall_seconds
         set_seconds = None if stall == "auto" else stall
         began = time.time()
         write_json(self._run.group, began)
         attempt = Attempt(self._bounds.max, self._limit, began, set_seconds, self._rungs, self._until)
-        threads = max(1, int(self._need.get("CPU", 1)))
         data = self._data
         assignment = Assignment(
-            self._job, self._run, data.prepared, data.model, cache_folder().resolve(), threads, attempt
+            self._job, self._run, data.prepared, data.model, cache_folder().resolve(), self._threads, attempt
         )
-        selectors = cluster.selectors(workers, self._need, cluster.free_nodes())
+        selectors = cluster.selectors(workers, self._need, nodes)
+        environment = self._standby.take(workers, nodes) if self._standby else None
         watch = Watch(self._run, began, self._need, workers, self._bounds.max, self._requests)
         clock = StallClock(self._run, set_seconds)
         self._step, stalled = None, None
         # Ray Train takes Ctrl-C for itself where it has the main thread.
-        fitting = in_background(lambda: fit(assignment, workers, self._need, selectors))
+        fitting = in_background(lambda: fit(assignment, workers, self._need, selectors, environment))
         try:
             while not fitting.done():
                 time.sleep(LOOK_SECONDS)
                 self._hear(clock)
+                self._make_ready(began)
                 if self._asked:
                     if self._step is None or self._asked.at_once:  # nothing that a checkpoint would keep
                         raise _interrupted(self._run, "stopped before the workers' first step")
@@ -200,6 +208,13 @@ class Training:
             return ended
         kind: Kind = "preempted" if ended.kind == "lost" and watch.preempted else ended.kind
         return dataclasses.replace(stalled or dataclasses.replace(ended, kind=kind), step=self._step)
+
+    def _make_ready(self, began: float) -> None:
+        """Has processes stand by for the next group of workers, once this one trains."""
+        if self._standby and self._step is not None and self._readied != began:
+            self._readied = began
+            standby = self._standby
+            in_background(lambda: standby.fill(read_places(self._run, began)))
 
     def _mind_head(self, watch: Watch) -> None:
         """Says that the cluster's head has fallen silent, and that it is back."""

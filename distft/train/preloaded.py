@@ -1,4 +1,4 @@
-"""Imported by the process that local ranks are forked from: torch, transformers, DeepSpeed and training."""
+"""What every rank imports, for processes that are to become ranks: torch, transformers, DeepSpeed and training."""
 
 from __future__ import annotations
 

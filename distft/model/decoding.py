@@ -82,7 +82,7 @@ class Spelling:
         name: str = self._added[id].content if id in self._added else self._backend.id_to_token(id) or ""
         if id in self._added:
             return name.encode()
-        if self._bytes:
+        if self._bytes.keys() >= set(name):
             return bytes(self._bytes[letter] for letter in name)
         if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
             return bytes([int(name[3:5], 16)])

@@ -5,13 +5,13 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distft.errors import DataError
+from distft.model.decoding import Spelling
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,17 +101,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """UTF-8 bytes of text that each id stands for, (V,); special tokens stand for none."""
-    from tokenizers import decoders
-
-    backend = tokenizer.backend_tokenizer
-    vocabulary = backend.get_vocab()
-    byte_level = isinstance(backend.decoder, decoders.ByteLevel)  # one letter of a token is one byte
-    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    for token, number in vocabulary.items():
-        if byte_level or re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            sizes[number] = len(token) if byte_level else 1
-        else:
-            sizes[number] = len(token.replace("▁", " ").encode())
-    for number, added in backend.get_added_tokens_decoder().items():
-        sizes[number] = 0 if added.special else len(added.content.encode())
-    return sizes
+    spelling, backend = Spelling(tokenizer), tokenizer.backend_tokenizer
+    special = {number for number, added in backend.get_added_tokens_decoder().items() if added.special}
+    ids = range(max(backend.get_vocab().values()) + 1)
+    return np.array([0 if id in special else len(spelling(id)) for id in ids], dtype=np.int64)

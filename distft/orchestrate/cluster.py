@@ -45,6 +45,8 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 # For how long a driver outlives the loss of its cluster's head, see above.
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
+#: A head that has been silent for so long is taken to be lost: a little later Ray would end the driver without a word.
+LOST_SECONDS = 0.9 * float(os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"])
 # Ray Tune's own logs of trials and its Ctrl-C are not wanted: trials are runs, and end with a checkpoint.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -203,8 +205,12 @@ def listed(need: Mapping[str, float], nodes: Sequence[Node]) -> str:
 
 
 @contextlib.contextmanager
-def connected(address: str) -> Iterator[list[Node]]:
+def connected(address: str, *, start: bool = True) -> Iterator[list[Node]]:
     """Connects to a cluster (``auto``: the running one, else one started here) and leaves it at the end.
+
+    Args:
+        address: The cluster.
+        start: Whether ``auto`` may start one.
 
     Yields:
         The live nodes and their resources.
@@ -214,7 +220,7 @@ def connected(address: str) -> Iterator[list[Node]]:
     """
     import ray
 
-    known = None if address == "auto" else address
+    known = None if address == "auto" and start else address
     try:
         ray.init(address=known, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError) as error:

@@ -293,3 +293,27 @@ def test_the_head_is_lost(hosts: Hosts, files: Path, draw: random.Random, stage:
     assert max(gaps) < 5
     assert len([one for one in survivor.events() if "workers" in one]) == 1
     check_curve(home, survivor, stage, exact=True)
+
+
+def test_the_head_is_lost_for_good(hosts: Hosts, files: Path, draw: random.Random, stage: int) -> None:
+    """The run ends with a word and a checkpoint, and goes on when there is a cluster again."""
+    step = draw.randrange(10, 40)
+    print(f"the head loses its power after step {step}, and does not come back")
+    home = home_on(hosts, 1, files)
+    reference(home, stage)
+    home.environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "30"
+    survivor = Survivor(home, "headless", f"zero.stage={stage}")
+    survivor.wait_for_step(step)
+    hosts.down(HEAD)
+    lost = time.time()
+    said = survivor.end(status=5)
+    print(f"ended {time.time() - lost:.1f} s after the loss, at step {survivor.step}")
+    assert "the cluster's head has not answered for 27 s" in said
+    assert "--resume --name headless" in said
+    for number in (1, 2):  # their Ray waits for the head that was
+        hosts.down(number)
+    hosts.mend()
+    survivor = Survivor(home, "headless", f"zero.stage={stage}", resume=True)
+    survivor.end()
+    check_one_writer(survivor.run)
+    check_curve(home, survivor, stage, exact=True)

@@ -236,6 +236,8 @@ def test_a_killed_rank(tiny_home: Home, cluster: Cluster, draw: random.Random) -
     print(f"on again after {seconds_to_go_on(survivor, killed):.1f} s")
     assert survivor.named("lost") == [f"[rank {rank}] its process died"]
     assert read_json(survivor.run.result)["restarts"] == 1
+    for place in survivor.places():  # Ray had started it before it was needed
+        assert psutil.boot_time() + place.started / os.sysconf("SC_CLK_TCK") < place.attempt
     check_curve(tiny_home, survivor, stage, exact=True)
 
 

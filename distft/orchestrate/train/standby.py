@@ -20,7 +20,7 @@ from ray._private.utils import get_runtime_env_info
 from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
 from ray.runtime_env import RuntimeEnv
 
-from distft.orchestrate.cluster import Node
+from distft.orchestrate.cluster import Node, free_nodes
 from distft.orchestrate.train.places import Place
 
 #: How long Ray keeps a process that nobody takes; it would end one that is idle after a second.
@@ -42,6 +42,7 @@ class Standby:
     """
 
     def __init__(self, need: Mapping[str, float], threads: int) -> None:
+        self._need = need
         # Libraries that look for GPUs as they are imported would see all of the node's, before Ray has said which are
         # this worker's. So there they are not loaded.
         hook = {} if need.get("GPU", 0) > 0 else {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{load.__name__}"}
@@ -62,13 +63,20 @@ class Standby:
         return self._environment
 
     def fill(self, places: Sequence[Place]) -> None:
-        """Has as many processes stand by as a group has workers, node by node; does not wait for them."""
+        """Has as many processes stand by as a group has workers, node by node; does not wait for them.
+
+        One other node with room has some too: where a node is lost, its workers go there.
+        """
+        wanted = Counter(place.node for place in places)
+        others = (node for node in free_nodes() if node.id not in wanted)
+        if (spare := next((node for node in others if node.holds(self._need)), None)) is not None:
+            wanted[spare.id] = min(spare.holds(self._need), max(wanted.values(), default=0))
         addresses = {
             node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
             for node in ray.nodes()
             if node["Alive"]
         }
-        for node, count in (Counter(place.node for place in places) - self._ready).items():
+        for node, count in (wanted - self._ready).items():
             with contextlib.suppress(KeyError, RpcError):  # it is gone, or does not answer: no run needs them
                 _start(addresses[node], count, self._environment)
                 self._ready[node] += count

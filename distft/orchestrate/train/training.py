@@ -114,7 +114,7 @@ class Training:
         self._offset = run.metrics.stat().st_size if run.metrics.exists() else 0
         self._step: int | None = None  # the last one of this group of workers
         self._limit: int | None = None  # rows of a pass that memory holds, once that is known
-        self._head_silent = False
+        self._head_silent, self._head_lost = False, False
         self._threads = max(1, int(need.get("CPU", 1)))
         # A trial of a search is short, and there are many: none waits for it in idle processes.
         self._standby = Standby(need, self._threads) if rungs is None else None
@@ -133,6 +133,8 @@ class Training:
                 ended = self._one_group(workers)
             finally:
                 self._requests.forget()
+            if self._head_lost:
+                raise _headless(self._run)
             if isinstance(ended, Outcome):
                 if ended.stopped in (None, "turn"):
                     return ended
@@ -202,6 +204,12 @@ class Training:
                     stalled = self._end_stalled(seconds, began)
         finally:  # also where a person does not want to wait
             self._end(fitting, began)
+        while self._head_silent and not self._head_lost:  # what comes next needs it
+            if self._asked:
+                raise _interrupted(self._run, "stopped while its cluster's head did not answer")
+            time.sleep(LOOK_SECONDS)
+            watch.look()
+            self._mind_head(watch)
         self._hear(clock)
         ended = fitting.result()
         if isinstance(ended, Outcome):
@@ -217,8 +225,17 @@ class Training:
             in_background(lambda: standby.fill(read_places(self._run, began)))
 
     def _mind_head(self, watch: Watch) -> None:
-        """Says that the cluster's head has fallen silent, and that it is back."""
+        """Says that the cluster's head has fallen silent, and that it is back; where it is lost, workers are to stop.
+
+        Raises:
+            RunError: They do not.
+        """
         silent = watch.silent_seconds > SILENT_SECONDS
+        if watch.silent_seconds > cluster.LOST_SECONDS:
+            self._head_lost = True
+            self._requests.ask(StopRequest("interrupt"))
+        if watch.silent_seconds > cluster.LOST_SECONDS + ENDING_SECONDS:
+            raise _headless(self._run)
         if silent != self._head_silent:
             self._head_silent = silent
             said = "does not answer; the workers go on without it" if silent else "answers again"
@@ -294,6 +311,13 @@ class Training:
 
 def _interrupted(run: Run, what: str) -> Interrupted:
     return Interrupted(what, fix=f"go on with the same command and --resume --name {run.name}")
+
+
+def _headless(run: Run) -> RunError:
+    return RunError(
+        f"the cluster's head has not answered for {cluster.LOST_SECONDS:.0f} s",
+        fix=f"start a cluster, and go on with the same command and --resume --name {run.name}",
+    )
 
 
 def _paths(run: Run) -> dict[str, str]:

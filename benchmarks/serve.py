@@ -5,6 +5,8 @@
 - ``hop``: a request for one token through Ray Serve, against the same HTTP API in one process without Ray.
 - ``load``: requests that arrive at random (a Poisson process, whether or not the ones before are answered) at some
   shares of the throughput: time to first token, time per token, and the share of requests within a goal.
+- ``soak --minutes 30 [--kill-every 120]``: four fifths of the capacity for a long time, with clients that leave, read
+  slowly or send too much, while replicas are killed or not: what was lost, and whether memory and threads stay.
 
 RUN is the folder of a run that was exported, such as the quickstart's.
 """
@@ -32,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import httpx  # noqa: E402
 
 from benchmarks.provenance import provenance  # noqa: E402
+from benchmarks.serve_soak import soaked  # noqa: E402
 from distft.runs import Run, read_json, write_json  # noqa: E402
 
 BASELINE = ROOT / "benchmarks" / "baselines" / "serve.json"
@@ -267,17 +270,34 @@ def hop(run: Run, repeats: int) -> dict[str, Any]:
     return {"median_seconds": medians, "hop_seconds": medians["through_ray_serve"] - medians["one_process"]}
 
 
+def soak(run: Run, minutes: float, kill_every: float | None) -> dict[str, Any]:
+    """See :mod:`benchmarks.serve_soak`."""
+
+    async def measured(url: str) -> dict[str, Any]:
+        async with client(url) as http:
+            return await soaked(http, run.name, WORDS.split(), minutes, kill_every)
+
+    with served(run, 8104) as url:
+        return asyncio.run(measured(url))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("what", choices=["throughput", "hop", "load"])
+    parser.add_argument("what", choices=["throughput", "hop", "load", "soak"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=30, help="soak: how long")
+    parser.add_argument("--kill-every", type=float, metavar="SECONDS", help="soak: SIGKILL a replica so often")
     parser.add_argument("--out", type=Path, default=BASELINE)
     arguments = parser.parse_args()
-    measure = {"throughput": throughput, "hop": hop, "load": load}[arguments.what]
-    measured = measure(Run(arguments.run.resolve()), arguments.repeats)
+    run, what = Run(arguments.run.resolve()), arguments.what
+    if what == "soak":
+        measured = soak(run, arguments.minutes, arguments.kill_every)
+        what = "soak" if arguments.kill_every is None else "soak_with_kills"
+    else:
+        measured = {"throughput": throughput, "hop": hop, "load": load}[what](run, arguments.repeats)
     known = read_json(arguments.out) if arguments.out.exists() else {}
-    write_json(arguments.out, {**known, arguments.what: {"provenance": provenance(), **measured}})
+    write_json(arguments.out, {**known, what: {"provenance": provenance(), **measured}})
     print(json.dumps(measured, indent=2))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distft.config.files import check
+from distft.config.files import check, relative_files
 from distft.config.job import Job
 from distft.config.problems import InvalidJob, Problem, UnusableFiles
 from distft.config.search import SearchSection
@@ -48,4 +48,5 @@ __all__ = [
     "UnusableFiles",
     "ZeroSection",
     "check",
+    "relative_files",
 ]

@@ -41,7 +41,7 @@ DATA_SCHEMES = ("pypi", "s3", "gs", "hf")
 
 def rules(job: Job) -> Iterator[Finding]:
     """Everything in a job that does not agree; its search section has rules of its own."""
-    for rule in (_model, _task, _source, _columns, _splits, _train, _evaluate, _zero, _cluster, _storage):
+    for rule in (_model, _task, _source, _columns, _splits, _train, _evaluate, _zero, _cluster, _storage, _serve):
         yield from rule(job)
 
 
@@ -232,3 +232,9 @@ def _cluster(job: Job) -> Iterator[Finding]:
 
 def _storage(job: Job) -> Iterator[Finding]:
     yield from _address(job.checkpoint.storage or "", ("checkpoint", "storage"), ("s3", "gs"))
+
+
+def _serve(job: Job) -> Iterator[Finding]:
+    if job.serve.engine == "vllm" and job.task.kind == "classification":
+        fix = "choose auto or transformers"
+        yield Finding(("serve", "engine"), "vllm writes text, and tells no labels", fix, ("task.kind",))

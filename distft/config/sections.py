@@ -15,6 +15,7 @@ from distft.config.values import (
     Every,
     Metric,
     Positive,
+    Replicas,
     Section,
     Sha256,
     Share,
@@ -293,9 +294,12 @@ class ServeSection(Section):
     """The finished model behind an OpenAI-compatible API."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """auto, transformers or vllm."""
-    replicas: Bounds = Bounds(min=1, max=1)
-    """Copies of the model that answer: {min: 1, max: 4}."""
+    """transformers, or vllm (an extra: pip install 'distft[vllm]'); auto is transformers."""
+    replicas: Replicas = Replicas(min=1, max=1)
+    """Copies of the model that answer: {min: 1, max: 4}; as many as the requests need. With min 0, none while nobody
+    asks: the next request then waits for one."""
+    idle_seconds: Positive = 600.0
+    """A copy beyond the least goes when it has not been needed for so long."""
     max_new_tokens: Count = 512
     """The most tokens in one answer."""
 

@@ -135,3 +135,10 @@ class Bounds(Section):
 
     def __str__(self) -> str:
         return f"{self.min} to {self.max}"
+
+
+class Replicas(Bounds):
+    """Copies of a served model; with a least of 0, the last one goes too while nobody asks."""
+
+    min: Annotated[int, Field(ge=0)]
+    """The least."""

@@ -93,7 +93,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         raise DataError(
             "the hub has no such model, or it is private",
             where=repository,
-            fix="check the name; for a private or gated model: hf auth login",
+            fix="check the name; for a private or gated model: HF_TOKEN where it runs, or hf auth login",
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]

@@ -44,9 +44,9 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 # Workers are asked for only where there is room; what then does not start went away in between.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 # For how long a driver outlives the loss of its cluster's head, see above.
-os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
+_HEADLESS_SECONDS = float(os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600"))
 #: A head that has been silent for so long is taken to be lost: a little later Ray would end the driver without a word.
-LOST_SECONDS = 0.9 * float(os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"])
+LOST_SECONDS = 0.9 * _HEADLESS_SECONDS
 # Ray Tune's own logs of trials and its Ctrl-C are not wanted: trials are runs, and end with a checkpoint.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

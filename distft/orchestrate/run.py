@@ -14,6 +14,7 @@ from distft.errors import Interrupted, JobError
 from distft.orchestrate.cluster import Node, check_capacity, connected, joined, worker_resources, workers_of
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
+from distft.orchestrate.nodes.check import check_nodes
 from distft.orchestrate.search.stage import search as search_stage
 from distft.orchestrate.search.stage import winner
 from distft.orchestrate.signals import interruptible
@@ -101,10 +102,13 @@ def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[
         if where := joined():
             listener.note(f"  {where}")
         check_capacity(workers_of(job), worker_resources(job, nodes), nodes)
+        heard = check_nodes(job, made, nodes, listener)
         _check_quantisation(job)
         data = prepare(job, listener)
         if not resume:
             begin(job, made)
+        if heard:
+            write_json(made.environment, {**read_json(made.environment), **heard})
         write_json(made.card, card_of(data))
         update_result(made, status="running", reason=None)
         try:

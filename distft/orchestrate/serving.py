@@ -7,9 +7,13 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Literal
 
 from distft.certificate import read as certificate
 from distft.config import Bounds
@@ -22,6 +26,9 @@ from distft.serving.keys import Keys
 from distft.serving.protocol import Model
 from distft.train.folder import job_of
 
+#: How often a cluster is asked whether it still serves, and how long it may be silent.
+_ASK_SECONDS, _SILENT_SECONDS = 2.0, 60.0
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -32,12 +39,57 @@ class Serving:
         models: What they are called, and what they do.
         key: The API key that was made, since none was given; None where there was one, or none is asked for.
         insecure: Whether no key is asked for.
+        check: Passes while the cluster serves them; raises a RunError once it does not.
     """
 
     url: str
     models: tuple[Model, ...]
     key: str | None
     insecure: bool
+    check: Callable[[], None]
+
+
+class _Watch:
+    """Whether the cluster still serves, asked in a thread of its own: one that is lost does not answer."""
+
+    def __init__(self) -> None:
+        self._said: bool | None = None
+        self._heard = time.monotonic()
+
+    def start(self) -> None:
+        """From now on."""
+        self._said, self._heard = True, time.monotonic()
+        threading.Thread(target=self._ask, daemon=True).start()
+
+    def _ask(self) -> None:
+        from ray import serve
+        from ray.exceptions import ActorDiedError
+
+        from distft.serving.app import APP
+
+        while self._said:
+            try:
+                self._said, self._heard = APP in serve.status().applications, time.monotonic()
+            except ActorDiedError:  # for good: where it is to run on, Ray Serve starts its controller again
+                self._said = False
+            except Exception as error:  # Ray's, of many kinds; it may be heard again
+                logging.getLogger(__name__).debug("nothing heard of Ray Serve: %s", error)
+            time.sleep(_ASK_SECONDS)
+
+    def lost(self) -> str | None:
+        """Why it serves no more; None while it does, or has not begun."""
+        if self._said is None:
+            return None
+        if not self._said:
+            return "somebody took the models down, or ended Ray Serve"
+        if (silent := time.monotonic() - self._heard) > _SILENT_SECONDS:
+            return f"the cluster has not been heard of for {silent:.0f} s: its head is lost"
+        return None
+
+    def check(self) -> None:
+        """See :attr:`Serving.check`."""
+        if (why := self.lost()) is not None:
+            raise RunError(why, fix="serve again, once there is a cluster")
 
 
 @contextlib.contextmanager
@@ -47,6 +99,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     replicas: int | None = None,
+    engine: Literal["auto", "transformers", "vllm"] | None = None,
     address: str = "auto",
     key_file: Path | None = None,
     insecure: bool = False,
@@ -61,6 +114,7 @@ def serve(
         host: The address to listen at; loopback unless said otherwise.
         port: And the port.
         replicas: Copies of each model.
+        engine: What writes tokens; ``auto`` is transformers.
         address: The cluster: ``auto``, ``local`` or an address.
         key_file: A file of API keys; else those in DISTFT_API_KEYS, else one is made.
         insecure: Whether no key is asked for.
@@ -68,7 +122,7 @@ def serve(
 
     Raises:
         JobError: A run has no export, the port is taken, or the cluster serves models already.
-        CapacityError: The cluster cannot hold the replicas.
+        CapacityError: The cluster cannot hold the replicas, or lacks the engine.
         RunError: A replica does not start, or its model is not the one that was trained; the message says why.
     """
     from distft.serving.app import Settings, deploy, models_of, running, shut_down, start
@@ -78,6 +132,11 @@ def serve(
     _check_port(host, port)
     section = job_of(next(iter(runs.values()))).serve
     asked = Bounds(min=replicas, max=replicas) if replicas is not None else section.replicas
+    chosen = engine or section.engine
+    if chosen == "vllm":
+        from distft.serving.vllm_engine import refuse_absent
+
+        refuse_absent()
     key, hashes = _keys(key_file, insecure)
     listener.stage("cluster")
     with _on(address, listener) as nodes:
@@ -89,25 +148,31 @@ def serve(
         _check_room(most, need, nodes, "serve fewer models or replicas, or join a larger cluster")
         settings = Settings(
             models={name: str(run.export) for name, run in runs.items()},
+            engine=chosen,
             min_replicas=asked.min,
             max_replicas=asked.max,
             resources=need,
             threads=max(1, int(_most_cpus(nodes)) // most),
+            idle_seconds=section.idle_seconds,
             max_new_tokens=section.max_new_tokens,
             keys=hashes,
             key_file=str(key_file.resolve()) if key_file else None,
             insecure=insecure,
+            loopback=_is_loopback(host),
         )
+        watch = _Watch()
         listener.stage("start replicas, and prove that they are the trained model")
         try:
             start(host, port)
             for name, proof in deploy(settings).items():
                 listener.note(f"  {name}: {proof}")
             listener.stage("serving")
-            yield Serving(f"http://{host}:{port}", models_of(settings), key, insecure)
+            watch.start()
+            yield Serving(f"http://{host}:{port}", models_of(settings), key, insecure, watch.check)
             listener.stage("finish the requests that run")
         finally:
-            shut_down()
+            if watch.lost() is None:
+                shut_down()
 
 
 def update(models: Mapping[str, Run], *, address: str = "auto", listener: Listener = SILENT) -> None:
@@ -176,6 +241,10 @@ def _check_port(host: str, port: int) -> None:
         raise JobError(
             f"cannot listen at {host}:{port}: {error.strerror}", where="--port", fix="choose another port or host"
         ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    return all(ip_address(place[0]).is_loopback for *_, place in socket.getaddrinfo(host, None))
 
 
 def _check_room(replicas: int, need: Mapping[str, float], nodes: Sequence[Node], fix: str) -> None:

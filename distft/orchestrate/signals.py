@@ -42,12 +42,16 @@ def interruptible() -> Iterator[None]:
         yield
 
 
-def wait_for_stop() -> None:
-    """Returns at Ctrl-C or SIGTERM; the next one is a KeyboardInterrupt again."""
+def wait_for_stop(check: Callable[[], None]) -> None:
+    """Returns at Ctrl-C or SIGTERM; the next one is a KeyboardInterrupt again.
+
+    Args:
+        check: Called every second; what it raises ends the wait.
+    """
     asked = threading.Event()
     with _handling(lambda *_: asked.set()):
         while not asked.wait(1):  # in pieces: a signal's handler runs between them
-            pass
+            check()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import mimetypes
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -41,7 +42,14 @@ _NOBODY = "anybody"
 T = TypeVar("T")
 
 
-def create(service: Service, keys: Keys | None, limits: Limits | None = None, page: Path | None = PAGE) -> FastAPI:
+def create(
+    service: Service,
+    keys: Keys | None,
+    limits: Limits | None = None,
+    page: Path | None = PAGE,
+    *,
+    loopback: bool = False,
+) -> FastAPI:
     """The application.
 
     ``app.state.draining = True`` makes it refuse new requests (503) and say that it is not ready, while those that run
@@ -52,6 +60,8 @@ def create(service: Service, keys: Keys | None, limits: Limits | None = None, pa
         keys: Who may ask; None lets everybody.
         limits: What a request may take.
         page: A folder with an ``index.html`` to show at ``/``, where there is one.
+        loopback: Whether it listens for this machine alone, and so refuses what is sent to another name (see
+            :class:`~.visits.Reception`).
     """
     app = FastAPI(
         title="distft",
@@ -65,7 +75,7 @@ def create(service: Service, keys: Keys | None, limits: Limits | None = None, pa
     )
     desk = _Desk(app, service, keys, limits or Limits())
     app.state.draining, app.state.gate = False, desk.gate
-    app.add_middleware(Reception, meters=desk.meters)
+    app.add_middleware(Reception, meters=desk.meters, loopback=loopback)
     entry = [Depends(desk.entry if keys else desk.everybody)]
     app.get("/healthz")(desk.healthz)
     app.get("/readyz")(desk.readyz)
@@ -160,7 +170,8 @@ class _Desk:
         teller, pieces = Teller(question), self._pieces(request, question)
         if question.stream:
             chunks = _chunks(teller, pieces, usage=body.include_usage)
-            return Events(chunks, self._limits.seconds, self._limits.quiet_seconds)
+            late = partial(self._overdue, body.model)
+            return Events(chunks, self._limits.seconds, self._limits.quiet_seconds, late)
 
         async def all_of_it() -> list[Delta]:
             async with aclosing(pieces):
@@ -227,7 +238,10 @@ class _Desk:
             async with asyncio.timeout(self._limits.seconds):
                 return await while_there(request.receive, work)
         except TimeoutError:
-            raise overdue(self._limits.seconds) from None
+            raise self._overdue(visit_of(request).model) from None
+
+    def _overdue(self, model: str) -> ApiError:
+        return overdue(self._limits.seconds, running=self._model(model).running)
 
 
 async def _chunks(teller: Teller, pieces: AsyncGenerator[Delta], *, usage: bool) -> AsyncGenerator[dict[str, Any]]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,7 +29,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distft.errors import RunError
-from distft.serving.models import model_of
+from distft.serving.models import model_of, refuse_other_engine
 from distft.serving.protocol import ApiError, Delta, Judgement, Model, Question
 
 APP, GATEWAY = "distft", "gateway"
@@ -42,6 +42,12 @@ _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 #: A request whose replica dies before it has told anything goes to another one, this often.
 _TRIES = 3
 _LOST = (RayActorError, ReplicaUnavailableError)
+#: The head's node, where the proxy of :func:`start` is: a gateway elsewhere could be lost without it.
+_HEAD = {"node:__internal_head__": 0.001}
+#: Load is its mean over so long; when it has been too much for the replicas for so long, there is one more.
+_LOOK_BACK_SECONDS, _GROW_SECONDS = 15.0, 10.0
+#: The states in which a model may have no replica because nobody asked.
+_ASLEEP = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 
 
 class Settings(BaseModel):
@@ -51,10 +57,14 @@ class Settings(BaseModel):
 
     models: dict[str, str] = Field(min_length=1)
     """The folder of an export by the name that requests call it; every node must see it."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What writes tokens; vllm is an extra, and tells no labels. auto is transformers."""
     min_replicas: int = Field(default=1, ge=0)
     """Copies of each model that there are at least; 0 lets it go while nobody asks."""
     max_replicas: int = Field(default=1, ge=1)
     """Copies of each model that there are at most."""
+    idle_seconds: float = Field(default=600.0, gt=0)
+    """A copy beyond the least goes when it has not been needed for so long."""
     resources: dict[str, float] = {"CPU": 1.0}
     """What each replica takes of the cluster; where there is room for a second one, updates lose no request."""
     threads: int = Field(default=1, ge=1)
@@ -73,6 +83,8 @@ class Settings(BaseModel):
     """A file of API keys on the gateway's node, read again when it changes."""
     insecure: bool = False
     """Whether no key is asked for."""
+    loopback: bool = False
+    """Whether only this machine may ask, so that names other than localhost are refused (DNS rebinding)."""
 
 
 class Replica:
@@ -84,6 +96,7 @@ class Replica:
         self._service, self._proof = proven(
             name,
             Path(folder),
+            engine=settings.engine,
             max_new_tokens=settings.max_new_tokens,
             concurrent=settings.concurrent,
             waiting=settings.waiting,
@@ -115,14 +128,18 @@ class Replica:
 class Replicas:
     """The service that the gateway asks: models whose replicas are anywhere on the cluster."""
 
-    def __init__(self, models: Sequence[Model], handles: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(self, models: Sequence[Model], handles: Mapping[str, DeploymentHandle], *, let_go: bool) -> None:
         self._models = {model.name: model for model in models}
-        self._handles = handles
+        self._handles, self._let_go = handles, let_go
         self._ready: frozenset[str] = frozenset()
+        self._running: frozenset[str] = frozenset()
 
     def models(self) -> list[Model]:
-        """All of them; ready are those with a replica, or that have none because nobody asks."""
-        return [dataclasses.replace(model, ready=model.name in self._ready) for model in self._models.values()]
+        """All of them; ready are those with a replica, or that have none because nobody asked until now."""
+        return [
+            dataclasses.replace(model, ready=model.name in self._ready, running=model.name in self._running)
+            for model in self._models.values()
+        ]
 
     async def watch(self) -> None:
         """Looks which models have a replica, again and again; never returns."""
@@ -130,9 +147,9 @@ class Replicas:
         while True:
             status = await asyncio.to_thread(serve.status)
             found = status.applications[name].deployments if name in status.applications else {}
-            self._ready = frozenset(
-                name for name, one in found.items() if one.replica_states.get("RUNNING") or one.status == "HEALTHY"
-            )
+            self._running = frozenset(name for name, one in found.items() if one.replica_states.get("RUNNING"))
+            asleep = (name for name, one in found.items() if self._let_go and one.status in _ASLEEP)
+            self._ready = self._running.union(asleep)
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def answer(self, question: Question) -> AsyncGenerator[Delta]:
@@ -209,7 +226,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, models: Sequence[Model], handles: dict[str, DeploymentHandle]) -> None:
         self._settings = settings
-        self._service = Replicas(models, handles)
+        self._service = Replicas(models, handles, let_go=settings.min_replicas == 0)
         self._watching = asyncio.get_running_loop().create_task(self._service.watch())
         self._api: FastAPI
 
@@ -228,7 +245,7 @@ class Gateway:
             running=asked.concurrent * replicas,
             waiting=asked.waiting,
         )
-        self._api = create(self._service, keys, limits)
+        self._api = create(self._service, keys, limits, loopback=asked.loopback)
         return _without_request_id(self._api)
 
     async def check_health(self) -> None:
@@ -272,10 +289,14 @@ def build(settings: Settings | Mapping[str, Any]) -> serve.Application:
         settings: Or, from Ray's own tools, its fields as they stand in their file.
 
     Raises:
-        JobError: A folder is no export.
+        JobError: A folder is no export, or its model is not for the engine.
         ValueError: The fields are no settings.
     """
-    settings = Settings.model_validate(settings)
+    return _application(Settings.model_validate(settings), {})
+
+
+def _application(settings: Settings, beside: Mapping[str, float]) -> serve.Application:
+    """The application, its gateway where these resources are."""
     handles = {
         name: _deployment(name, settings).bind(name, settings.models[name], settings) for name in settings.models
     }
@@ -285,7 +306,7 @@ def build(settings: Settings | Mapping[str, Any]) -> serve.Application:
         max_ongoing_requests=10_000,  # its own limits come first
         max_surge_percent=100,
         graceful_shutdown_timeout_s=settings.seconds,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": dict(beside)},
     )
     return gateway.bind(settings, models_of(settings), handles)
 
@@ -294,9 +315,12 @@ def models_of(settings: Settings) -> tuple[Model, ...]:
     """What the exports say of their models.
 
     Raises:
-        JobError: A folder is no export.
+        JobError: A folder is no export, or its model is not for the engine.
     """
-    return tuple(model_of(name, Path(folder)) for name, folder in settings.models.items())
+    models = tuple(model_of(name, Path(folder)) for name, folder in settings.models.items())
+    for model in models:
+        refuse_other_engine(model, settings.engine)
+    return models
 
 
 def _deployment(name: str, settings: Settings) -> serve.Deployment:
@@ -308,7 +332,11 @@ def _deployment(name: str, settings: Settings) -> serve.Deployment:
             "autoscaling_config": {
                 "min_replicas": settings.min_replicas,
                 "max_replicas": settings.max_replicas,
+                "initial_replicas": None if settings.min_replicas else 1,  # of each update, to prove itself
                 "target_ongoing_requests": settings.concurrent,
+                "look_back_period_s": _LOOK_BACK_SECONDS,
+                "upscale_delay_s": _GROW_SECONDS,
+                "downscale_delay_s": settings.idle_seconds,
             }
         }
     return serve.deployment(
@@ -345,7 +373,7 @@ def deploy(settings: Settings) -> dict[str, str]:
         RunError: A replica did not start, with what it said.
     """
     try:
-        serve.run(build(settings), name=APP, route_prefix="/", logging_config=_QUIET)
+        serve.run(_application(settings, _HEAD), name=APP, route_prefix="/", logging_config=_QUIET)
     except RuntimeError as error:
         raise _why(settings) or RunError(str(error)) from error
     gateway, until = serve.get_deployment_handle(GATEWAY, APP), time.monotonic() + _READY_SECONDS

@@ -16,6 +16,7 @@ _SHARE = {"cpu": 0.2, "cuda": 0.8}
 #: The most tokens of one forward pass: a long prompt is read in pieces, while other answers go on.
 _BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 _PAGE_TOKENS = 32
+_VLLM_PAGE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ def cache_size(
         CapacityError: Not even one whole context fits.
     """
     batch_tokens = max(_BATCH_TOKENS.get(device.type, 256), concurrent)
-    heads = config.num_attention_heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * dtype.itemsize
+    heads, kept, width = _shape(config, dtype)
     masks = 1 if getattr(config, "sliding_window", None) is None else 2
     token_bytes = (
         2 * kept * width * config.num_hidden_layers
@@ -71,10 +70,38 @@ def cache_size(
     whole = math.ceil(context / _PAGE_TOKENS)
     blocks = min(whole * concurrent, memory_bytes // (token_bytes * _PAGE_TOKENS))
     if blocks < whole:
-        raise CapacityError(
-            f"an answer of {context:,} tokens needs {whole * _PAGE_TOKENS * token_bytes / 2**30:.2f} GiB of keys and "
-            f"values; there are {memory_bytes / 2**30:.2f} GiB",
-            where=str(device),
-            fix="allow a shorter context, or take a larger device",
-        )
+        raise _too_small(context, whole * _PAGE_TOKENS * token_bytes, memory_bytes, device.type)
     return CacheSize(blocks, _PAGE_TOKENS, batch_tokens)
+
+
+def vllm_bytes(config: Any, dtype: torch.dtype, context: int, concurrent: int, memory_bytes: int) -> int:
+    """What vLLM's keys and values take on a CPU, for answers as long as the context; arguments as above.
+
+    Its pages are of 128 tokens there, and one of them is never used.
+
+    Raises:
+        CapacityError: Not even one whole context fits.
+    """
+    _, kept, width = _shape(config, dtype)
+    page_bytes: int = _VLLM_PAGE_TOKENS * 2 * kept * width * config.num_hidden_layers
+    whole = math.ceil(context / _VLLM_PAGE_TOKENS)
+    needed = (whole + 1) * page_bytes
+    if memory_bytes < needed:
+        raise _too_small(context, needed, memory_bytes, "cpu")
+    return min((whole * concurrent + 1) * page_bytes, memory_bytes)
+
+
+def _shape(config: Any, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Heads that ask, heads that are kept, and bytes of one head's key."""
+    heads = config.num_attention_heads
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * dtype.itemsize
+    return heads, getattr(config, "num_key_value_heads", None) or heads, width
+
+
+def _too_small(context: int, needed: int, memory_bytes: int, where: str) -> CapacityError:
+    return CapacityError(
+        f"an answer of {context:,} tokens needs {needed / 2**30:.2f} GiB of keys and values; there are "
+        f"{memory_bytes / 2**30:.2f} GiB",
+        where=where,
+        fix="allow a shorter context, or take a larger device",
+    )

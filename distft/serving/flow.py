@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ T = TypeVar("T")
 _WAITING = b": waiting\n\n"
 _DONE = b"data: [DONE]\n\n"
 _GOODBYE_SECONDS = 1.0
+#: Seconds after which a replica that was being started may be there.
+_SOON = 10.0
 
 
 class Gate:
@@ -137,8 +139,12 @@ async def ticking(pieces: AsyncGenerator[T], seconds: float) -> AsyncGenerator[T
         await asyncio.gather(reading, return_exceptions=True)
 
 
-def overdue(seconds: float) -> ApiError:
-    """The error of a request that took too long."""
+def overdue(seconds: float, *, running: bool) -> ApiError:
+    """The error of a request that took too long, which asking again mends only where there was no replica."""
+    if not running:
+        return ApiError(
+            503, f"no replica was there within {seconds:g} s", "server_error", code="starting", retry_after=_SOON
+        )
     return ApiError(
         504, f"no answer within {seconds:g} s: ask for fewer tokens, or stream", "server_error", code="timeout"
     )
@@ -155,13 +161,20 @@ class Events(Response):
         chunks: What the events say.
         seconds: The longest that all of it may take.
         quiet_seconds: After so long without a chunk comes a comment, so that nobody takes the connection for dead.
+        late: Makes the error of a stream that took longer.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[Mapping[str, Any]], seconds: float, quiet_seconds: float) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[Mapping[str, Any]],
+        seconds: float,
+        quiet_seconds: float,
+        late: Callable[[], ApiError],
+    ) -> None:
         super().__init__()
-        self._chunks, self._seconds, self._quiet = chunks, seconds, quiet_seconds
+        self._chunks, self._seconds, self._quiet, self._late = chunks, seconds, quiet_seconds, late
         del self.headers["content-length"]
         self.headers["x-accel-buffering"] = "no"  # nginx would hold events back
 
@@ -188,7 +201,7 @@ class Events(Response):
                     async for piece in pieces:
                         await say(_WAITING if piece is None else _event(piece))
         except Exception as error:
-            known = overdue(self._seconds) if isinstance(error, TimeoutError) else fault(error, scope)
+            known = self._late() if isinstance(error, TimeoutError) else fault(error, scope)
             if not begun:
                 raise known from error
             last = _event(faulty(known))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distft.certificate import read
 from distft.certificate.record import FILE
+from distft.errors import JobError
 from distft.runs import read_json
 from distft.serving.protocol import Model
 
@@ -25,3 +26,15 @@ def model_of(name: str, folder: Path) -> Model:
         context=text.get("max_position_embeddings") or text.get("n_positions"),
         chat=certificate.identity.template is not None,
     )
+
+
+def refuse_other_engine(model: Model, engine: str) -> None:
+    """Makes sure that an engine does what a model is for.
+
+    Raises:
+        JobError: It does not.
+    """
+    if engine == "vllm" and model.kind == "classification":
+        raise JobError(
+            "vllm writes text, and tells no labels", where=model.name, fix="serve it with the engine transformers"
+        )

@@ -196,7 +196,9 @@ class Model:
         created: Seconds since the epoch: when it was exported.
         context: Tokens that it reads at most; None where its configuration does not say.
         chat: Whether it has a template for conversations.
-        ready: Whether a replica of it has proved that it is the trained one.
+        ready: Whether a replica of it has proved that it is the trained one; a model that was let go while nobody asks
+            stays ready.
+        running: Whether there is such a replica now.
     """
 
     name: str
@@ -205,6 +207,7 @@ class Model:
     context: int | None
     chat: bool
     ready: bool = True
+    running: bool = True
 
 
 class Service(Protocol):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distft.certificate import compare, proved, read, refuse
 from distft.certificate.http import replay
@@ -16,7 +17,9 @@ from distft.serving.api import create
 from distft.serving.classifier import Classifier
 from distft.serving.models import model_of
 from distft.serving.service import Judge, LocalService, Writer
-from distft.serving.transformers_engine import TransformersEngine
+
+if TYPE_CHECKING:
+    from distft.serving.protocol import Engine
 
 _START_SECONDS = 30.0
 
@@ -25,6 +28,7 @@ def proven(
     name: str,
     folder: Path,
     *,
+    engine: str = "auto",
     max_new_tokens: int,
     concurrent: int,
     waiting: int,
@@ -34,6 +38,7 @@ def proven(
     Args:
         name: What requests call the model.
         folder: The export.
+        engine: What writes its tokens: ``transformers`` or ``vllm``; ``auto`` is transformers.
         max_new_tokens: The most tokens of one answer.
         concurrent: Answers that are written at the same time.
         waiting: Answers that may wait for a place.
@@ -43,11 +48,12 @@ def proven(
 
     Raises:
         DataError: The folder cannot be loaded, or is not safe to load.
+        CapacityError: The engine is not installed, or the device is too small.
         RunError: What is served is not the model that was trained; the message names the reason.
     """
     certificate = read(folder)
     service = LocalService(
-        [_loaded(name, folder, certificate.dtype, concurrent)],
+        [_loaded(name, folder, engine, certificate.dtype, concurrent)],
         max_new_tokens=max_new_tokens,
         most=concurrent + waiting,
     )
@@ -58,11 +64,21 @@ def proven(
     return service, proved(certificate, replies, served)
 
 
-def _loaded(name: str, folder: Path, dtype: str, concurrent: int) -> Writer | Judge:
+def _loaded(name: str, folder: Path, engine: str, dtype: str, concurrent: int) -> Writer | Judge:
     model = model_of(name, folder)
     if model.kind == "classification":
         return Judge(model, Classifier.load(folder, dtype))
-    return Writer(model, TransformersEngine.load(folder, dtype, concurrent=concurrent))
+    return Writer(model, _engine(engine, folder, dtype, concurrent))
+
+
+def _engine(name: str, folder: Path, dtype: str, concurrent: int) -> Engine:
+    if name == "vllm":
+        from distft.serving.vllm_engine import VllmEngine
+
+        return VllmEngine(folder, dtype, concurrent=concurrent)
+    from distft.serving.transformers_engine import TransformersEngine
+
+    return TransformersEngine.load(folder, dtype, concurrent=concurrent)
 
 
 @contextlib.contextmanager

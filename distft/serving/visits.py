@@ -7,7 +7,10 @@ import re
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -66,10 +69,12 @@ class Reception:
     Args:
         app: What is inside.
         meters: Where requests are counted.
+        loopback: Whether requests to names other than localhost are refused: a page in a browser here could have such
+            a name resolved to 127.0.0.1, and then pass for one of this server's own (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, meters: Meters) -> None:
-        self._app, self._meters = app, meters
+    def __init__(self, app: ASGIApp, meters: Meters, *, loopback: bool) -> None:
+        self._app, self._meters, self._loopback = app, meters, loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets one request in."""
@@ -89,6 +94,9 @@ class Reception:
             await send(message)
 
         try:
+            if self._loopback and _is_elsewhere(Headers(scope=scope).get("host", "")):
+                what = "this server is for its own machine, as localhost; a proxy before it has to send that Host"
+                raise ApiError(421, what, code="misdirected_request")
             await self._app(scope, receive, told)
         except Exception as error:
             known = fault(error, scope)
@@ -105,6 +113,18 @@ class Reception:
             "request %s %s model=%s key=%s status=%d %.3f s",
             *(visit.id, route, visit.model, visit.key, visit.status or GONE, seconds),
         )
+
+
+def _is_elsewhere(host: str) -> bool:
+    """Whether a Host header holds a name that somebody's DNS answers for; addresses cannot be rebound."""
+    try:
+        name = urlsplit(f"//{host}").hostname or "localhost"
+    except ValueError:
+        return True
+    with suppress(ValueError):
+        ip_address(name)
+        return False
+    return name != "localhost" and not name.endswith(".localhost")
 
 
 def fault(error: Exception, scope: Scope) -> ApiError:

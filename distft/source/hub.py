@@ -126,10 +126,10 @@ def _explained(address: str) -> Iterator[None]:
     except LocalEntryNotFoundError as error:
         raise DataError(_UNREACHABLE, address, _MIRROR) from error
     except GatedRepoError as error:
-        fix = "ask for access on its page, then: hf auth login"
+        fix = "ask for access on its page, then: HF_TOKEN where it runs, or hf auth login"
         raise DataError("the data set is gated", address, fix) from error
     except RepositoryNotFoundError as error:
-        fix = "check the name; for a private or gated one: hf auth login"
+        fix = "check the name; for a private or gated one: HF_TOKEN where it runs, or hf auth login"
         raise DataError("the hub has no such data set, or it is private", address, fix) from error
     except RevisionNotFoundError as error:
         raise DataError("the data set has no such revision", address, "check the name after @") from error

@@ -238,6 +238,8 @@ def test_a_killed_rank(tiny_home: Home, cluster: Cluster, draw: random.Random) -
     assert read_json(survivor.run.result)["restarts"] == 1
     for place in survivor.places():  # Ray had started it before it was needed
         assert psutil.boot_time() + place.started / os.sysconf("SC_CLK_TCK") < place.attempt
+    heard = read_json(survivor.run.environment)  # of the nodes, before the start
+    assert (len(heard["nodes"]), len(heard["network"])) == (2, 2)
     check_curve(tiny_home, survivor, stage, exact=True)
 
 

@@ -56,10 +56,13 @@ PAD = 0
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base models with and without a template, and rows for every task."""
-    made = tmp_path_factory.mktemp("certified")
+    return written_home(tmp_path_factory.mktemp("certified"))
+
+
+def written_home(made: Path, **shape: int) -> Path:
     torch.manual_seed(0)
     config = CONFIGS["llama-tied"]()
-    config.max_position_embeddings = 256
+    config.update({"max_position_embeddings": 256, **shape})
     for name, template in (("chat", CHATML), ("plain", None)):
         tokens = tokenizer(**{**SMOLLM2, "template": template})
         config.vocab_size = len(tokens)

@@ -95,6 +95,7 @@ CLASHES = [
     (["data.source=a.parquet.gz"], "data.source", "unpack it: parquet files are compressed within"),
     (["data.source=a.docx.gz"], "data.source", "is not of a known file type"),
     (["checkpoint.storage=ftp://x/y"], "checkpoint.storage", "nothing is read from ftp://"),
+    (["task.kind=classification", "serve.engine=vllm"], "serve.engine", "vllm writes text, and tells no labels"),
 ]
 
 
@@ -107,7 +108,11 @@ def test_what_clashes_is_found(overrides: list[str], key: str, message: str):
 
 # Clashes of what is not built yet: said beside the refusal.
 UNBUILT_CLASHES = [
-    (["serve={engine: vllm, replicas: {min: 3, max: 2}}"], "serve.replicas", "min 3 is above max 2"),
+    (
+        ["track.mlflow=http://tracking:5000", "serve.replicas={min: 3, max: 2}"],
+        "serve.replicas",
+        "min 3 is above max 2",
+    ),
 ]
 
 
@@ -122,7 +127,6 @@ def test_clashes_are_reported_together_with_what_is_not_built(overrides: list[st
 NOT_BUILT = [
     ("model.dtype=fp16", "model.dtype"),
     ("zero={stage: 3, offload: nvme}", "zero.offload"),
-    ("serve.engine=vllm", "serve.engine"),
     ("track.mlflow=http://tracking:5000", "track.mlflow"),
     ("track.wandb=project", "track.wandb"),
 ]
@@ -177,6 +181,7 @@ def test_every_line_of_the_table_refuses_one_of_these_jobs():
         "checkpoint.storage=gs://bucket/runs",
         "evaluate.metrics=[perplexity, bits_per_byte]",
         "serve={engine: auto, replicas: {min: 1, max: 1}, max_new_tokens: 512}",
+        "serve={replicas: {min: 0, max: 2}, idle_seconds: 60}",
         "search=null",
         "task.label=label",
         "train.steps=5",

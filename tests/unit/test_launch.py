@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -119,3 +120,42 @@ def test_the_mistakes_of_the_readme_get_the_messages_of_the_readme(tmp_path: Pat
 def test_the_commands_of_the_readme_exist() -> None:
     named = set(re.findall(r"^\| `distft (\w+)", README, re.MULTILINE))
     assert named == {command.callback.__name__ for command in app.registered_commands if command.callback}
+
+
+KINDS = ("onprem", "aws", "gcp", "azure", "kuberay", "slurm", "skypilot", "http://head:8265")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("launch/*.sh")) + sorted(ROOT.glob("cluster/**/*.s*h")), ids=str)
+def test_each_script_passes_shellcheck(path: Path) -> None:
+    command = [Path(sys.executable).with_name("shellcheck"), "--external-sources", "--source-path=SCRIPTDIR", path]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_is_submitted_to_each_kind_of_cluster_by_one_script(kind: str) -> None:
+    options = [] if kind == "skypilot" else ["--set", "train.steps=3"]
+    ran = launch("launch/quickstart.yaml", kind, "--dry-run", *options)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("The main job: a real pretrained model")
+    shown = [line.removeprefix("+ ") for line in ran.stderr.splitlines()]
+    assert shown[-1].split()[:2] in (["distft", "submit"], ["sbatch", "cluster/slurm/distft.sbatch"], ["sky", "jobs"])
+    for word in " ".join(shown).split():
+        if word.startswith("cluster/"):
+            assert (ROOT / word).is_file()
+
+
+def test_the_script_refuses_a_wrong_job_and_a_kind_that_it_does_not_know() -> None:
+    assert launch("launch/quickstart.yaml", "mainframe", "--dry-run").returncode == 2
+    wrong = launch("launch/quickstart.yaml", "aws", "--dry-run", "--set", "train.steps=0")
+    assert wrong.returncode == 2
+    assert "train.steps" in wrong.stderr
+    assert "ray dashboard" not in wrong.stderr
+    assert "JOB KIND [--dry-run]" in launch().stderr
+
+
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    """``launch/submit.sh``, called from elsewhere and with this environment's distft."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [ROOT / "launch" / "submit.sh", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment)

@@ -517,6 +517,43 @@ def test_a_server_is_ready_when_all_its_models_are() -> None:
         assert PLAIN.get(server.url + "/readyz").status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_no_replica_took_may_come_again_later(stream: bool) -> None:
+    with served(TinyService(pause=0.5, running=False), limits=Limits(seconds=0.2)) as server, opened(server) as client:
+        answer = client.post(TEXT, json={**ASK, "stream": stream})
+        if stream:  # the prompt's piece came at once, so that the status was told
+            assert '"code":"starting"' in answer.text
+            assert "[DONE]" not in answer.text
+        else:
+            assert (answer.status_code, error_of(answer)["code"]) == (503, "starting")
+            assert answer.headers["retry-after"] == "10"
+            assert "x-should-retry" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((host, 200) for host in ("localhost:8000", "127.0.0.1:8000", "127.0.0.1", "[::1]:8000", "192.168.3.4", "")),
+        *((host, 200) for host in ("LOCALHOST", "api.localhost:80")),
+        *((host, 421) for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io")),
+        *((host, 421) for host in ("localhost@evil.example", "[bad", "evillocalhost")),
+    ],
+)
+def test_a_server_for_its_own_machine_does_not_answer_to_other_names(host: str, status: int) -> None:
+    """A page elsewhere could have its own name resolved to 127.0.0.1, and read the answers (DNS rebinding)."""
+    from distft.serving.api import create
+
+    async def asked() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create(TinyService(), None, loopback=True))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return [await client.get(path, headers={"host": host}) for path in ("/v1/models", "/", "/healthz")]
+
+    answers = asyncio.run(asked())
+    assert [answer.status_code for answer in answers] == [status] * 3
+    if status == 421:
+        assert error_of(answers[0])["code"] == "misdirected_request"
+
+
 def test_each_key_has_its_own_share_of_requests_and_tokens() -> None:
     keys = Keys.listed(f"alice:{KEY},bob:{KEY}2")
     limits = Limits(requests_per_minute=3, tokens_per_minute=100)

@@ -30,6 +30,7 @@ class TinyService:
         pause: Seconds before each character.
         fault: Raised after three characters.
         ready: Whether its models are.
+        running: Whether they have a replica.
         open: Answers that are being written.
         closed: How many were dropped before their end.
     """
@@ -37,13 +38,14 @@ class TinyService:
     pause: float = 0.0
     fault: Exception | None = None
     ready: bool = True
+    running: bool = True
     open: int = 0
     closed: int = 0
     asked: list[Question] = field(default_factory=list)
 
     def models(self) -> list[Model]:
         return [
-            Model("parrot", "generation", 1_700_000_000, CONTEXT, chat=True, ready=self.ready),
+            Model("parrot", "generation", 1_700_000_000, CONTEXT, chat=True, ready=self.ready, running=self.running),
             Model("org/plain", "language_modeling", 1_700_000_000, CONTEXT, chat=False),
             Model("judge", "classification", 1_700_000_000, CONTEXT, chat=False),
         ]

@@ -14,14 +14,19 @@ from pathlib import Path
 
 from distft.errors import DistftError, RunError
 
-#: What every rank imports, imported once: they are forked from a process that has it.
+#: What ranks that train import, imported once: they are forked from a process that has it.
 PRELOADED = "distft.train.preloaded"
 #: Seconds that ranks may take to fail of the same, before the others are ended.
 GRACE_SECONDS = 3.0
 
 
 def run_ranks(
-    work: Callable[..., None], world_size: int, args: Sequence[object], folder: Path, watch: Callable[[], None]
+    work: Callable[..., None],
+    world_size: int,
+    args: Sequence[object],
+    folder: Path,
+    watch: Callable[[], None],
+    preload: Sequence[str] = (PRELOADED,),
 ) -> list[int]:
     """Calls ``work(*args)`` in each of ``world_size`` processes that see what torchrun would set, and no GPU.
 
@@ -31,6 +36,7 @@ def run_ranks(
         args: What it is called with.
         folder: Where what each of them prints goes.
         watch: Called twice a second while they run.
+        preload: What every rank imports; the first call of a process decides.
 
     Returns:
         Their exit statuses by rank, negative for a signal. One that ends before its time ends the others.
@@ -40,7 +46,7 @@ def run_ranks(
         RunError: A rank failed of something else than SIGKILL.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([PRELOADED])
+    context.set_forkserver_preload(list(preload))
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     processes = []

@@ -10,7 +10,6 @@ import contextlib
 import os
 from typing import Any
 
-import psutil
 import ray
 from ray.train import Result
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -22,6 +21,8 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.util.placement_group import get_current_placement_group, placement_group
 
+from distft.orchestrate.nodes.facts import interface_of
+
 
 def _meet_at_node() -> None:
     """Has gloo's ranks meet at the address that Ray knows this node by.
@@ -29,10 +30,9 @@ def _meet_at_node() -> None:
     Left alone, gloo takes the address that the host's name stands for there: on many hosts 127.0.0.1 or 127.0.1.1,
     where other hosts cannot reach it.
     """
-    node = ray.util.get_node_ip_address()
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address == node for one in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    interface = interface_of(ray.util.get_node_ip_address())
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 class _Backend(_TorchBackend):  # type: ignore[misc]  # Ray's types are not read

@@ -1,0 +1,201 @@
+"""Jobs handed over HTTP to a real cluster, which asks for a token: a head, and a node beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from distft.runs import read_json, training_curve
+from tests.distributed import tiny
+from tests.support import ROOT, free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STEPS = 200
+JOB = f"""\
+model: {{source: ./model, dtype: fp32}}
+task: {{kind: language_modeling}}
+data:
+  source: corpus.jsonl
+  splits: {{validation: 0.1, test: 0.1}}
+  max_tokens: 32
+  overlong: split
+train: {{steps: {STEPS}, batch_size: 8, learning_rate: 1e-3, validate_every: {{steps: 100}}}}
+checkpoint: {{every: {{steps: 1000}}}}
+cluster: {{workers: 1}}
+evaluate: {{samples: 8, compare_base: false}}
+track: {{tensorboard: false}}
+"""
+
+
+class Remote:
+    """A cluster of a head without CPUs and one other node, and a client of it with a home of its own."""
+
+    def __init__(self, folder: Path, temporary: Path) -> None:
+        self.folder, self.runs = folder, folder / "shared" / "runs"
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.token = secrets.token_hex(32)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DISTFT_"))}
+        self.nobody = {**kept, "HOME": str(folder)}
+        self.environment = {**self.nobody, "RAY_AUTH_TOKEN": self.token}
+        self.there = {
+            **kept,
+            "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "DISTFT_RUNS": str(self.runs),
+        }
+        self._temporary, self._sessions = temporary, list[int]()
+
+    def start(self) -> None:
+        port = free_port()
+        head = ["--head", f"--port={port}", f"--dashboard-port={self.url.rpartition(':')[2]}", "--num-cpus=0"]
+        head += [f"--ray-client-server-port={free_port()}", "--dashboard-host=127.0.0.1"]
+        self._node(*head)
+        self._until(lambda: httpx.get(f"{self.url}/api/authentication_mode").is_success)
+        self._node(f"--address=127.0.0.1:{port}", "--num-cpus=1")
+        self._until(lambda: len(self.nodes()) == 2)
+
+    def end(self) -> None:
+        """Ends what the nodes have started, which is of their sessions; a driver goes when its supervisor does."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(process.pid) in self._sessions:
+                    process.kill()
+
+    def ask(self, path: str) -> Any:
+        return httpx.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {self.token}"}).json()
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return list(self.ask("/api/v0/nodes")["data"]["result"]["result"])
+
+    def begin(self, *words: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "distft", *words, "--address", self.url]
+        pipe = subprocess.PIPE
+        environment = {**(environment or self.environment), "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=self.folder)
+
+    def distft(self, *words: str, status: int = 0, environment: dict[str, str] | None = None) -> tuple[str, str]:
+        process = self.begin(*words, environment=environment)
+        output, errors = process.communicate(timeout=240)
+        assert process.returncode == status, f"{words} ended with {process.returncode}\n{output}\n{errors}"
+        return output, errors
+
+    def _node(self, *options: str) -> None:
+        number = len(self._sessions)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address=127.0.0.1", *options]
+        command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
+        # Hosts have folders of their own: in one that they share, each would remove what the other has unpacked.
+        command += [f"--temp-dir={self._temporary / str(number)}"]
+        log = self.folder / f"node-{number}.txt"
+        with log.open("wb") as file:
+            node = subprocess.Popen(command, env=self.there, stdout=file, stderr=file, start_new_session=True)
+        self._sessions.append(node.pid)
+        assert node.wait() == 0, log.read_text()
+
+    def _until(self, condition: Any) -> None:
+        end = time.monotonic() + 300
+        while time.monotonic() < end:
+            try:
+                if condition():
+                    return
+            except (httpx.HTTPError, KeyError, TypeError, ValueError):
+                pass
+            time.sleep(0.2)
+        raise AssertionError("the cluster did not start")
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+    folder = tmp_path_factory.mktemp("client")
+    tiny.make(folder)
+    (folder / "tiny.yaml").write_text(JOB)
+    cluster = Remote(folder, tmp_path_factory.mktemp("r"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.end()
+
+
+def test_who_has_no_token_or_another_one_is_told(remote: Remote) -> None:
+    _, errors = remote.distft("submit", "tiny.yaml", status=4, environment=remote.nobody)
+    assert "the cluster wants a token, and none is here" in errors
+    assert "RAY_AUTH_TOKEN" in errors
+    other = {**remote.nobody, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    _, errors = remote.distft("status", status=4, environment=other)
+    assert "the cluster wants another token than the one here" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_job_outlives_its_client_stops_with_a_checkpoint_and_goes_on(remote: Remote) -> None:
+    watching = remote.begin("submit", "tiny.yaml", "--wait")
+    metrics = remote.runs / "tiny" / "metrics.jsonl"
+    wait_for(lambda: len(training_curve(metrics)) >= 2, watching)
+    watching.send_signal(signal.SIGINT)
+    output, errors = watching.communicate(timeout=60)
+    assert watching.returncode == 130, output + errors
+    assert "step" not in errors
+    (job,) = (line.split()[2].rstrip(".") for line in output.splitlines() if line.startswith("Submitted as"))
+    assert f"distft logs {job} --follow" in errors
+
+    known = json.loads(remote.distft("status", job, "--json")[0])
+    assert (known["status"], known["run"]) == ("running", "tiny")
+    told = remote.ask(f"/api/jobs/{job}")
+    heads = [
+        node["node_id"] for node in remote.ask("/api/v0/nodes")["data"]["result"]["result"] if node["is_head_node"]
+    ]
+    assert told["driver_node_id"] not in heads
+    assert remote.token not in json.dumps(told)
+    _, errors = remote.distft("submit", "tiny.yaml", status=2)
+    assert f"running there already, as {job}" in errors
+
+    output, _ = remote.distft("stop", job)
+    assert f"{job} is stopped" in output
+    result = read_json(metrics.with_name("result.json"))
+    assert result["status"] == "interrupted"
+    (checkpoint,) = metrics.parent.glob("checkpoints/*/COMPLETE")
+    assert checkpoint.parent.name == f"step-{result['step']:06d}"
+
+    output, errors = remote.distft("submit", "tiny.yaml", "--resume", "--wait")
+    assert "✓ evaluate on test" in output
+    assert [line["step"] for line in training_curve(metrics)] == list(range(1, STEPS + 1))
+    assert read_json(metrics.with_name("result.json"))["status"] == "finished"
+    assert (metrics.parent / "export" / "model.safetensors").is_file()
+    assert [line.split()[1] for line in remote.distft("status")[0].splitlines()] == ["stopped", "finished"]
+    assert remote.token not in "".join(path.read_text() for path in remote.runs.rglob("*.json*"))
+
+
+def test_a_job_ends_as_its_run_does(remote: Remote) -> None:
+    """Rows that are not there make 3 of `distft run`, and of who waits for it; the run stays away."""
+    words = ["submit", "tiny.yaml", "--name", "absent", "--set", "data.source=/nowhere/rows.jsonl"]
+    output, errors = remote.distft(*words, "--wait", status=3)
+    assert "there is no '/nowhere/rows.jsonl'" in output
+    assert "failed with exit status 3" in errors
+    (line,) = (line for line in remote.distft("status")[0].splitlines() if line.startswith("absent"))
+    assert "failed (exit status 3)" in line
+    _, errors = remote.distft("logs", "nothing", status=2)
+    assert "the cluster knows no job 'nothing'" in errors
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"it ended first\n{process.communicate()}"
+        assert time.monotonic() < end, "it did not come in time"
+        time.sleep(0.05)

@@ -16,7 +16,7 @@ print(config["provider"]["head_ip"], *config["provider"]["worker_ips"], sep="\n"
 PYTHON
 )
 read -r user key <<<"${hosts%%$'\n'*}"
-options=(-o BatchMode=yes -o ConnectTimeout=10)
+options=(-o BatchMode=yes -o ConnectTimeout=10 -o StrictHostKeyChecking=accept-new)
 [ "$key" = - ] || options+=(-i "$key")
 status=0
 for host in ${hosts#*$'\n'}; do

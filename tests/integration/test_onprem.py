@@ -128,14 +128,15 @@ def test_the_cluster_comes_up_whole_and_goes_without_a_trace(machines: Machines)
     head = machines.addresses[0]
     status = ["env", "RAY_AUTH_MODE=token", "ray", "status", f"--address={head}:6379"]
     until = time.monotonic() + START_SECONDS
-    while machines.run(*status, status=None).count("node_") < 3:
+    while " 3 local.cluster.node" not in machines.run(*status, status=None):
         assert time.monotonic() < until, machines.run(*status, status=None)
         time.sleep(2)
     print(f"head and two workers after {time.monotonic() - started:.0f} s")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((head, 8265), timeout=5)  # the dashboard: on loopback only
     refused = machines.run("env", "RAY_AUTH_MODE=disabled", *status[2:], status=None)
-    assert "node_" not in refused
+    assert "local.cluster.node" not in refused
+    assert len(machines.rays()) > 10
 
     machines.run("bash", "cluster/onprem-down.sh")
     assert machines.rays() == []

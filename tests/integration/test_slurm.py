@@ -1,4 +1,4 @@
-"""cluster/slurm/distft.sbatch on a real Slurm of two nodes, on hosts of their own (``host.sh``): Debian's, not installed here.
+"""cluster/slurm/distft.sbatch on a real Slurm of two nodes, on hosts of their own (``host.sh``): Debian's packages.
 
 ``apt-get install slurmctld slurmd slurm-client munge``. A requeued job waits two minutes by Slurm's rule; the test lets
 it go at once.
@@ -123,7 +123,8 @@ PartitionName=all Nodes=host[1-2] Default=YES State=UP
         while not (self.state(job) in states and done()):
             log = self.folder / f"distft-{job}.log"
             said = log.read_text()[-6000:] if log.exists() else ""
-            assert time.monotonic() < until and self.state(job) not in {"FAILED"} - states, f"{what}\n{said}"
+            assert time.monotonic() < until, f"{what} did not come\n{said}"
+            assert self.state(job) != "FAILED", said
             time.sleep(0.5)
 
 

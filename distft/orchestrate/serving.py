@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from distft.serving.keys import Keys
 from distft.serving.protocol import Model
 from distft.train.folder import job_of
 
-#: How often a cluster is asked whether it still serves, and how long it may be silent.
+#: How long a cluster that is asked whether it still serves has for an answer, and how long it may be silent.
 _ASK_SECONDS, _SILENT_SECONDS = 2.0, 60.0
 
 
@@ -50,46 +49,39 @@ class Serving:
 
 
 class _Watch:
-    """Whether the cluster still serves, asked in a thread of its own: one that is lost does not answer."""
+    """Whether the cluster still serves.
+
+    It is the gateway that is asked, with a time limit: a cluster that is lost does not answer, and Ray ends a process
+    one of whose threads still asks when the others have left it.
+    """
 
     def __init__(self) -> None:
-        self._said: bool | None = None
+        from ray.serve import get_deployment_handle
+
+        from distft.serving.app import APP, GATEWAY
+
+        self._gateway = get_deployment_handle(GATEWAY, APP)
         self._heard = time.monotonic()
-
-    def start(self) -> None:
-        """From now on."""
-        self._said, self._heard = True, time.monotonic()
-        threading.Thread(target=self._ask, daemon=True).start()
-
-    def _ask(self) -> None:
-        from ray import serve
-        from ray.exceptions import ActorDiedError
-
-        from distft.serving.app import APP
-
-        while self._said:
-            try:
-                self._said, self._heard = APP in serve.status().applications, time.monotonic()
-            except ActorDiedError:  # for good: where it is to run on, Ray Serve starts its controller again
-                self._said = False
-            except Exception as error:  # Ray's, of many kinds; it may be heard again
-                logging.getLogger(__name__).debug("nothing heard of Ray Serve: %s", error)
-            time.sleep(_ASK_SECONDS)
-
-    def lost(self) -> str | None:
-        """Why it serves no more; None while it does, or has not begun."""
-        if self._said is None:
-            return None
-        if not self._said:
-            return "somebody took the models down, or ended Ray Serve"
-        if (silent := time.monotonic() - self._heard) > _SILENT_SECONDS:
-            return f"the cluster has not been heard of for {silent:.0f} s: its head is lost"
-        return None
+        self.lost: str | None = None
+        """Why it serves no more."""
 
     def check(self) -> None:
         """See :attr:`Serving.check`."""
-        if (why := self.lost()) is not None:
-            raise RunError(why, fix="serve again, once there is a cluster")
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+
+        try:
+            self._gateway.ready.remote().result(timeout_s=_ASK_SECONDS)
+            self._heard = time.monotonic()
+        except DeploymentUnavailableError:
+            self.lost = "somebody took the models down"
+        except (TimeoutError, RayError, RayServeException):  # it may be heard again: Ray Serve restarts what ended
+            if (silent := time.monotonic() - self._heard) > _SILENT_SECONDS:
+                self.lost = (
+                    f"nothing was heard of the models for {silent:.0f} s: the cluster's head is lost, or Ray Serve"
+                )
+        if self.lost is not None:
+            raise RunError(self.lost, fix="serve again, once there is a cluster")
 
 
 @contextlib.contextmanager
@@ -160,18 +152,18 @@ def serve(
             insecure=insecure,
             loopback=_is_loopback(host),
         )
-        watch = _Watch()
+        watch = None
         listener.stage("start replicas, and prove that they are the trained model")
         try:
             start(host, port)
             for name, proof in deploy(settings).items():
                 listener.note(f"  {name}: {proof}")
             listener.stage("serving")
-            watch.start()
+            watch = _Watch()
             yield Serving(f"http://{host}:{port}", models_of(settings), key, insecure, watch.check)
             listener.stage("finish the requests that run")
         finally:
-            if watch.lost() is None:
+            if watch is None or watch.lost is None:
                 shut_down()
 
 

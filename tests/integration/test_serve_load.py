@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def test_replicas_come_with_load_and_go_with_quiet_and_no_request_is_lost(home: 
 @pytest.mark.slow
 def test_who_reads_slowly_or_leaves_holds_no_place(home: Home, runs: Path) -> None:
     with served(home, "tiny=first") as server:
-        with streams(server, 16):
+        with streams(server, 4):
             held = wait(lambda: not taken(server), "who does not read holds a place")
-        with streams(server, 16):
+        with streams(server, 4):
             assert taken(server) > 0
         freed = wait(lambda: not taken(server), "who left holds a place")
         print(
@@ -89,14 +90,17 @@ def test_who_reads_slowly_or_leaves_holds_no_place(home: Home, runs: Path) -> No
 
 @contextlib.contextmanager
 def streams(server: Server, count: int) -> Iterator[None]:
-    """So many clients who read the first piece of a long answer, and no more until they leave."""
+    """So many clients who read the first piece of four long answers, and no more until they leave; 16 fill a batch."""
     asked = {"model": "tiny", "prompt": "the people", "max_tokens": 100, "n": 4, "logprobs": 5, "temperature": 1}
-    with contextlib.ExitStack() as open_ones:
-        for _ in range(count):
-            stream = server.http.stream("POST", "/v1/completions", json={**asked, "stream": True})
-            answer = open_ones.enter_context(stream)
-            assert answer.status_code == 200
-            next(answer.iter_lines())
+
+    def opened(_: int) -> None:
+        stream = server.http.stream("POST", "/v1/completions", json={**asked, "stream": True})
+        answer = open_ones.enter_context(stream)
+        assert answer.status_code == 200
+        next(answer.iter_lines())
+
+    with contextlib.ExitStack() as open_ones, ThreadPoolExecutor(count) as threads:
+        list(threads.map(opened, range(count)))
         yield
 
 
@@ -180,5 +184,5 @@ def test_a_server_whose_cluster_is_lost_says_so_and_ends(
     with serving_nodes(home, tmp_path_factory.mktemp("r"), 1) as (cluster, server):
         began = time.monotonic()
         cluster.ray.remove_node(cluster.ray.head_node, allow_graceful=False)
-        check_lost(server, "its head is lost")
+        check_lost(server, "head is lost")
         print(f"it ended {time.monotonic() - began:.0f} s after its head")

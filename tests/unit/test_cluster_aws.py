@@ -13,6 +13,8 @@ from moto import mock_aws
 
 from tests.support import ROOT
 
+#: What moto's CloudFormation needs is heavy: it is not among the packages for development.
+pytest.importorskip("cfnlint", reason="cfn-lint is not installed; pip install 'moto[cloudformation]'")
 pytestmark = pytest.mark.slow  # half a minute on a free machine: moto loads all of AWS's managed policies
 
 FOLDER = ROOT / "cluster"

@@ -79,7 +79,8 @@ def export(
     model = training_model(job, model_folder, DTYPES[dtype], checkpoint.state.labels, pad, packed=False)
     with checkpoint.shards() as files:
         _load(model, weights(files), checkpoint)
-    parity = _Parity.of(job, model, model_folder, tokenizer, checkpoint, prepared) if merge and prepared else None
+    labels = checkpoint.state.labels
+    parity = _Parity.of(job, model, model_folder, tokenizer, labels, prepared) if merge and prepared else None
     with _whole_or_not_at_all(to) as folder:
         if job.model.adapter is not None:
             from distft.model.adapter import write_adapter
@@ -111,7 +112,38 @@ def write_card(
         path.chmod(0o644)  # safetensors writes 0600; a served folder is read by another user
     path = folder / CERTIFICATE
     parity = read_json(path).get(KEY) if path.exists() else None
-    write_json(path, _certificate(job, checkpoint, dtype, folder) | ({KEY: parity} if parity else {}))
+    _vouch(job, folder, checkpoint.step, dtype, checkpoint.state.labels, parity)
+
+
+def export_base(job: Job, model_folder: Path, to: Path, *, dtype: str, prepared: Path) -> Path:
+    """Writes the model as it was before training, with a certificate of its own: to be served beside the tuned one.
+
+    Args:
+        job: The job that was run; its task is not classification, for which the base has no head.
+        model_folder: The base model's folder.
+        to: The folder to write; it appears whole or not at all.
+        dtype: The dtype of the training, "bf16" or "fp32".
+        prepared: The run's prepared data, whose validation rows are the prompts of the certificate.
+
+    Returns:
+        ``to``.
+    """
+    from distft.model import DTYPES, load_tokenizer, pad_id, training_model
+
+    job = job.model_copy(update={"model": job.model.model_copy(update={"adapter": None})})
+    tokenizer = load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code)
+    pad = pad_id(tokenizer)
+    model = training_model(job, model_folder, DTYPES[dtype], [], pad, packed=False)
+    parity = _Parity.of(job, model, model_folder, tokenizer, [], prepared)
+    with _whole_or_not_at_all(to) as folder:
+        _write_model(job, model, tokenizer, pad, folder)
+        _vouch(job, folder, 0, dtype, [], parity.as_json(folder))
+    return to
+
+
+def _vouch(job: Job, folder: Path, step: int, dtype: str, labels: list[str], parity: Any) -> None:
+    """Writes ``distft.json``, once all other files are there."""
+    write_json(folder / CERTIFICATE, _certificate(job, step, dtype, labels, folder) | ({KEY: parity} if parity else {}))
 
 
 @dataclass(frozen=True)
@@ -129,14 +161,13 @@ class _Parity:
         model: PreTrainedModel,
         model_folder: Path,
         tokenizer: PreTrainedTokenizerBase,
-        checkpoint: Checkpoint,
+        labels: list[str],
         prepared: Path,
     ) -> _Parity:
         from distft.certificate.prompts import asks
         from distft.certificate.witness import witness
         from distft.model import context_of, stop_ids
 
-        labels = checkpoint.state.labels
         asked = asks(task_of(job, model_folder), Prepared.open(prepared), tokenizer, context_of(model))
         stops = () if labels else tuple(stop_ids(tokenizer))
         return cls(stops, tuple(tokenizer.all_special_ids), witness(model, tokenizer, asked, labels))
@@ -222,16 +253,16 @@ def _load(model: PreTrainedModel, trained: dict[str, torch.Tensor], checkpoint: 
         )
 
 
-def _certificate(job: Job, checkpoint: Checkpoint, dtype: str, folder: Path) -> dict[str, Any]:
+def _certificate(job: Job, step: int, dtype: str, labels: list[str], folder: Path) -> dict[str, Any]:
     """What this folder is and came from, with a hash of every file beside it."""
     return {
         "format": FORMAT,
         "run": job.name,
-        "step": checkpoint.step,
+        "step": step,
         "dtype": dtype,
         "base": job.model.source,
         "task": job.task.kind,
-        "labels": checkpoint.state.labels,
+        "labels": labels,
         "sha256": {
             path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder) if path.name != CERTIFICATE
         },

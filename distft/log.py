@@ -15,5 +15,7 @@ def quieten_libraries() -> None:
     """
     # transformers imports DeepSpeed where it is installed, which tells that it found no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # peft imports bitsandbytes where it is installed, which misses faster kernels for inference on a CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -88,6 +88,11 @@ class Run:
         return self.folder / "export"
 
     @property
+    def base(self) -> Path:
+        """The model that training began with, as an export; made where it is served."""
+        return self.folder / "base"
+
+    @property
     def result(self) -> Path:
         """How the run ended."""
         return self.folder / "result.json"

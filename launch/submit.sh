@@ -58,6 +58,9 @@ submit() {
 sed -n '/^#/!q; s/^# \{0,1\}//p' "$job"
 distft submit "$job" --dry-run "${options[@]}" >/dev/null # every mistake, before anything is called
 case $kind in
+aws | gcp | azure | kuberay) options=(--set cluster.wait_seconds=1200 "${options[@]}") ;; # their nodes come when asked for
+esac
+case $kind in
 onprem | aws | gcp | azure)
   tunnel ray dashboard "cluster/$kind.yaml" --port "$port" --remote-port 8265
   submit "http://localhost:$port"

@@ -231,6 +231,9 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="API keys, a line each [default: DISTFT_API_KEYS, or one made].")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Ask nobody for a key.")] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="Serve the model that the first run began with too, called base.")
+    ] = False,
     update: Annotated[
         bool, typer.Option("--update", help="Put them in the place of what the cluster serves under these names.")
     ] = False,
@@ -248,11 +251,13 @@ def serve(
     found = {name or run.name: run for name, run in ((name, find(run, runs)) for name, run in named)}
     if len(found) < len(models):
         raise JobError("two models have the same name", where=" ".join(models), fix="call one otherwise: NAME=RUN")
+    if update and base:
+        raise JobError("--update takes runs alone", where="--base", fix="serve the base from the beginning")
     with viewing() as view:
         if update:
             put(found, address=address, listener=view)
             return
-        options: dict[str, Any] = {"host": host, "port": port, "replicas": replicas, "engine": engine}
+        options: dict[str, Any] = {"host": host, "port": port, "replicas": replicas, "engine": engine, "base": base}
         with serving(
             found, **options, address=address, key_file=api_key_file, insecure=insecure, listener=view
         ) as answering:

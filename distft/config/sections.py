@@ -259,6 +259,8 @@ class ClusterSection(Section):
     """Times that workers are started again after a failure; preemptions and running out of memory do not count."""
     stall_seconds: Positive | Literal["auto"] = "auto"
     """Time without a step after which workers are looked at and started again; auto: 10 median steps, at least 60 s."""
+    wait_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Time that the nodes of a cluster that grows by itself have to come; 0: what is there now must be enough."""
 
 
 class CheckpointSection(Section):

@@ -75,16 +75,60 @@ class _Chunk:
         return gradient
 
 
+def _chunk_tokens(weight: Tensor) -> int:
+    return max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+
+
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[_Chunk]:
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    size = max(1, min(tokens, CHUNK_BYTES // (4 * vocabulary)))
-    logits = hidden.new_empty(size, vocabulary)
+    tokens, size = hidden.shape[0], _chunk_tokens(weight)
+    logits = hidden.new_empty(min(tokens, size), weight.shape[0])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     for start in range(0, max(tokens, 1), size):
         rows = slice(start, min(start + size, tokens))
         part = logits[: rows.stop - rows.start]
         torch.mm(hidden[rows], weight.t(), out=part)
         yield _Chunk(rows, torch.log_softmax(part, dim=1, dtype=dtype), targets[rows])
+
+
+class _WeightGradient:
+    """The gradient by the weight, (V, D): chunks' gradients by the logits, transposed, times their hidden states.
+
+    In fp32 each chunk adds its product. In a shorter type that would round every product, and read and write the sum in
+    fp32 once a chunk; so the gradients by the logits of 2 D tokens are collected first, which take what that sum takes.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self._hidden, self._weight = hidden, weight
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self._sum = torch.zeros_like(weight, dtype=dtype) if dtype == hidden.dtype else None
+        self._adds_each = self._sum is not None
+        most = 0 if self._adds_each else max(_chunk_tokens(weight), 2 * weight.shape[1])
+        self._collected = hidden.new_empty(min(most, len(hidden)), weight.shape[0])
+        self._begin = self._end = 0
+
+    def add(self, gradient: Tensor, rows: slice) -> None:
+        """Adds a chunk's part: its gradient by the logits, (n, V), and which tokens it is of."""
+        if self._adds_each:
+            assert self._sum is not None
+            self._sum.addmm_(gradient.t(), self._hidden[rows])
+            return
+        if rows.stop - self._begin > len(self._collected):
+            self._take()
+        self._collected[rows.start - self._begin : rows.stop - self._begin] = gradient
+        self._end = rows.stop
+
+    def _take(self) -> None:
+        """Adds the part of what is collected."""
+        part = self._collected[: self._end - self._begin].t() @ self._hidden[self._begin : self._end]
+        self._sum = part if self._sum is None else self._sum.float().add_(part)
+        self._begin = self._end
+
+    def whole(self) -> Tensor:
+        """The gradient, in the weight's type."""
+        if not self._adds_each:
+            self._take()
+        assert self._sum is not None
+        return self._sum.to(self._weight.dtype)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -98,7 +142,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+        d_weight = _WeightGradient(hidden, weight) if wants_weight else None
         for chunk in _chunks(hidden, weight, targets):
             total += chunk.losses.sum()
             losses[chunk.rows] = chunk.losses
@@ -107,11 +151,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
             gradient = chunk.gradient().to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[chunk.rows])
-            if d_weight is not None and dtype == hidden.dtype:
-                d_weight.addmm_(gradient.t(), hidden[chunk.rows])
-            elif d_weight is not None:
-                d_weight += gradient.t() @ hidden[chunk.rows]
-        ctx.gradients = d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+            if d_weight is not None:
+                d_weight.add(gradient, chunk.rows)
+        ctx.gradients = d_hidden, None if d_weight is None else d_weight.whole()
         ctx.mark_non_differentiable(losses)
         return total, losses
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +60,8 @@ for _name, _value in {"timeout_ms": "3000", "period_ms": "500", "failure_thresho
 #: The label by which Ray marks nodes that may be taken away at short notice
 #: (https://docs.ray.io/en/releases-2.60.0/ray-core/scheduling/labels.html).
 MARKET = "ray.io/market-type"
+
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,41 @@ def worker_resources(job: Job, nodes: Sequence[Node]) -> dict[str, float]:
     return wanted
 
 
+def grown(job: Job, nodes: list[Node], note: Callable[[str], None]) -> list[Node]:
+    """The cluster's nodes once the least workers that the job asks for fit on them, or its patience ends.
+
+    A cluster that scales itself starts nodes for what is asked of it
+    (https://docs.ray.io/en/releases-2.60.0/cluster/running-applications/autoscaling/reference.html); one that does not
+    is the same after the wait.
+
+    Args:
+        job: Says what workers need, and for how long to wait (``cluster.wait_seconds``).
+        nodes: What there is now.
+        note: Is told that it waits, and for what.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    workers, until, asked = workers_of(job), time.monotonic() + job.cluster.wait_seconds, None
+    try:
+        while time.monotonic() < until and room(need := worker_resources(job, nodes), nodes) < workers.min:
+            if need != asked:  # GPUs too, once the first node that comes has some
+                note(f"  asked the cluster for {describe(workers.max, need)}; nodes may take {_minutes(job)} to come")
+                request_resources(bundles=[need] * workers.max)
+                asked = need
+            time.sleep(_LOOK_SECONDS)
+            nodes = live_nodes()
+    finally:
+        if asked is not None:
+            request_resources(
+                bundles=[]
+            )  # else nodes would stay for ever; from now on the workers themselves hold them
+    return nodes
+
+
+def _minutes(job: Job) -> str:
+    return f"{job.cluster.wait_seconds / 60:g} min"
+
+
 def check_capacity(
     workers: Bounds, need: Mapping[str, float], nodes: Sequence[Node], key: str = "cluster.workers"
 ) -> None:
@@ -188,7 +226,8 @@ def check_capacity(
         where=key,
         fix=f"set {key}: {fit}, or ask for less per worker in cluster.resources_per_worker"
         if fit
-        else "ask for less per worker in cluster.resources_per_worker, or join a larger cluster",
+        else "ask for less per worker in cluster.resources_per_worker, or join a larger cluster; one that grows by "
+        "itself needs time for it: cluster.wait_seconds",
     )
 
 

@@ -19,6 +19,7 @@ from distft.errors import CheckpointError, DataError, JobError
 from distft.evaluation import DocumentScore, Estimate, Scored, Subject, Written
 from distft.export import ADAPTER, write_card
 from distft.export import export as write_export
+from distft.export import export_base as write_base
 from distft.ledger.plan import plan_of
 from distft.orchestrate.cluster import Node, connected, worker_resources
 from distft.orchestrate.data import Data, prepare
@@ -63,6 +64,25 @@ def export(
         )
     append_line(run.metrics, event("export", checkpoint.step, str(folder)))
     return folder
+
+
+def export_base(run: Run, listener: Listener = SILENT) -> Path:
+    """Writes the model that the run began with, to be served beside the one that it made; kept in the run's ``base``.
+
+    Raises:
+        JobError: The run is of a classifier, whose base tells no labels, or its data is gone.
+    """
+    job = job_of(run)
+    if job.task.kind == "classification":
+        raise JobError("the base model has no head that tells labels", where="--base", fix="serve the run alone")
+    if not (run.base / "config.json").is_file():
+        listener.stage("export the base model")
+        prepared = _prepared(job, run, listener)
+        if prepared is None:
+            raise JobError("the run's data is gone, by which the base could be proved", where="--base")
+        folder, dtype = models.materialise(job.model, job.folder), decision(run, "model.dtype")
+        write_base(job, folder, run.base, dtype=dtype, prepared=prepared)
+    return run.base
 
 
 def _prepared(job: Job, run: Run, listener: Listener) -> Path | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distft.config import Job
 from distft.errors import Interrupted, JobError
-from distft.orchestrate.cluster import Node, check_capacity, connected, joined, worker_resources, workers_of
+from distft.orchestrate.cluster import Node, check_capacity, connected, grown, joined, worker_resources, workers_of
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.nodes.check import check_nodes
@@ -101,6 +101,7 @@ def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[
     with connected(job.cluster.address) as nodes, interruptible():
         if where := joined():
             listener.note(f"  {where}")
+        nodes = grown(job, nodes, listener.note)
         check_capacity(workers_of(job), worker_resources(job, nodes), nodes)
         heard = check_nodes(job, made, nodes, listener)
         _check_quantisation(job)

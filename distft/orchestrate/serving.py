@@ -20,10 +20,14 @@ from distft.errors import CapacityError, JobError, RunError
 from distft.export import exported
 from distft.orchestrate.cluster import Node, connected, describe, free_nodes, joined, listed, room
 from distft.orchestrate.listener import SILENT, Listener
+from distft.orchestrate.results import export_base
 from distft.runs import Run
 from distft.serving.keys import Keys
 from distft.serving.protocol import Model
 from distft.train.folder import job_of
+
+BASE = "base"
+"""What requests call the model that training began with."""
 
 #: How long a cluster that is asked whether it still serves has for an answer, and how long it may be silent.
 _ASK_SECONDS, _SILENT_SECONDS = 2.0, 60.0
@@ -95,6 +99,7 @@ def serve(
     address: str = "auto",
     key_file: Path | None = None,
     insecure: bool = False,
+    base: bool = False,
     listener: Listener = SILENT,
 ) -> Iterator[Serving]:
     """Serves the exported models of some runs; a context, at whose end requests are finished and replicas go.
@@ -110,10 +115,11 @@ def serve(
         address: The cluster: ``auto``, ``local`` or an address.
         key_file: A file of API keys; else those in DISTFT_API_KEYS, else one is made.
         insecure: Whether no key is asked for.
+        base: Whether the model that the first run began with is served too, as ``base``.
         listener: Who is told.
 
     Raises:
-        JobError: A run has no export, the port is taken, or the cluster serves models already.
+        JobError: A run has no export or no base to serve, the port is taken, or the cluster serves models already.
         CapacityError: The cluster cannot hold the replicas, or lacks the engine.
         RunError: A replica does not start, or its model is not the one that was trained; the message says why.
     """
@@ -122,7 +128,12 @@ def serve(
     runs = {models.name: models} if isinstance(models, Run) else dict(models)
     _check_exports(runs)
     _check_port(host, port)
-    section = job_of(next(iter(runs.values()))).serve
+    folders, first = {name: run.export for name, run in runs.items()}, next(iter(runs.values()))
+    if base and BASE in folders:
+        raise JobError(f"two models are called {BASE}", where="--base", fix="call the run otherwise: NAME=RUN")
+    if base:
+        folders[BASE] = export_base(first, listener)
+    section = job_of(first).serve
     asked = Bounds(min=replicas, max=replicas) if replicas is not None else section.replicas
     chosen = engine or section.engine
     if chosen == "vllm":
@@ -136,10 +147,11 @@ def serve(
             raise JobError(
                 "this cluster serves models already", where=address, fix="--update puts others in their place"
             )
-        most, need = asked.max * len(runs), _resources(nodes, asked.max * len(runs))
+        most = asked.max * len(folders)
+        need = _resources(nodes, most)
         _check_room(most, need, nodes, "serve fewer models or replicas, or join a larger cluster")
         settings = Settings(
-            models={name: str(run.export) for name, run in runs.items()},
+            models={name: str(folder) for name, folder in folders.items()},
             engine=chosen,
             min_replicas=asked.min,
             max_replicas=asked.max,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("distft", "torch", "ray", "deepspeed", "transformers", "tokenizers", "pyarrow", "numpy")
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def environment() -> dict[str, Any]:
@@ -35,12 +36,15 @@ def versions() -> dict[str, str]:
 
 
 def _processor() -> str:
+    """Its name, and which of the instructions it has that decide how fast it trains: ``AMD EPYC (avx2, avx512f)``."""
     facts = Path("/proc/cpuinfo")
-    if facts.exists():
-        for line in facts.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    if not facts.exists():
+        return platform.processor()
+    # The first core stands for all. Other architectures name other things.
+    lines = (line.partition(":") for line in facts.read_text(errors="replace").partition("\n\n")[0].splitlines())
+    told = {name.strip(): value.strip() for name, _, value in lines}
+    has = [name for name in _INSTRUCTIONS if name in told.get("flags", "").split()]
+    return told.get("model name", platform.processor()) + (f" ({', '.join(has)})" if has else "")
 
 
 def _commit() -> str | None:

@@ -38,9 +38,18 @@ def server(home: Home, runs: Path) -> Iterator[Server]:
         yield made
 
 
-def test_invariant_8_clients_get_what_the_training_engine_writes_until_ctrl_c(server: Server, runs: Path) -> None:
+@pytest.fixture
+def beside_its_base(home: Home, runs: Path) -> Iterator[Server]:
+    with served(home, "tiny=first", "--base") as made:
+        yield made
+
+
+def test_invariant_8_clients_get_what_the_training_engine_writes_until_ctrl_c(
+    beside_its_base: Server, runs: Path
+) -> None:
+    server = beside_its_base
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0)
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "base"]
     assert server.answers_as(read(runs / "first" / "export"))
 
     asked: dict[str, Any] = {"model": "tiny", "prompt": "7: the people", "temperature": 0, "max_tokens": 12}
@@ -48,6 +57,7 @@ def test_invariant_8_clients_get_what_the_training_engine_writes_until_ctrl_c(se
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
     assert chunks[-1].usage == whole.usage
+    assert client.completions.create(**{**asked, "model": "base"}).choices[0].text != whole.choices[0].text
     drawn = [client.completions.create(**{**asked, "temperature": 1, "seed": 5, "n": 2}).choices for _ in range(2)]
     assert [one.text for one in drawn[0]] == [one.text for one in drawn[1]]
     assert drawn[0][0].text != drawn[0][1].text

@@ -27,7 +27,7 @@ from distft.cli import main
 from distft.config import Job
 from distft.data.store import Prepared
 from distft.errors import DataError, JobError, RunError
-from distft.export import export, write_card
+from distft.export import export, export_base, write_card
 from distft.model import DTYPES, Batch, LossModel, load_tokenizer, training_model
 from distft.model.gguf_file import convert
 from distft.task.prepare import prepare
@@ -172,6 +172,22 @@ def test_bf16_is_proved_within_what_its_rounding_does(make: Make) -> None:
     assert certificate.dtype == "bf16"
     assert certificate.identity.dtypes == {"bf16"}
     assert reasons(certificate, made.folder) == []
+
+
+@pytest.mark.parametrize(("task", "adapter"), [("chat", LORA), ("text", None)], ids=["chat", "text"])
+def test_the_base_has_a_certificate_of_its_own(
+    task: str, adapter: dict[str, Any] | None, make: Make, tmp_path: Path
+) -> None:
+    made = make(task, adapter)
+    prepared = prepare(made.job, made.base)
+    folder = export_base(made.job, made.base, tmp_path / "base", dtype="fp32", prepared=prepared)
+    base, tuned = read(folder), read(made.folder)
+    assert reasons(base, folder) == []
+    assert {record.ask.ids for record in base.records} <= {record.ask.ids for record in tuned.records}
+    assert "weights" in reasons(base, made.folder)
+    weights, before = load_file(folder / "model.safetensors"), load_file(made.base / "model.safetensors")
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+    assert not (folder / "adapter").exists()
 
 
 def test_what_a_certificate_asks(make: Make) -> None:

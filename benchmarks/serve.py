@@ -5,6 +5,8 @@
 - ``hop``: a request for one token through Ray Serve, against the same HTTP API in one process without Ray.
 - ``load``: requests that arrive at random (a Poisson process, whether or not the ones before are answered) at some
   shares of the throughput: time to first token, time per token, and the share of requests within a goal.
+- ``vllm``: the engine vllm, with this environment's vLLM: the throughput against vLLM's engine alone in one process,
+  and vLLM's own OpenAI server; and the time to the first token of requests that arrive at random, of both servers.
 - ``soak --minutes 30 [--kill-every 120]``: four fifths of the capacity for a long time, with clients that leave, read
   slowly or send too much, while replicas are killed or not: what was lost, and whether memory and threads stay.
 
@@ -41,6 +43,8 @@ BASELINE = ROOT / "benchmarks" / "baselines" / "serve.json"
 REQUESTS, NEW_TOKENS = 16, 128
 #: Goals of a request that a reader does not wait for: seconds to the first token, and between two.
 FIRST_SECONDS, EACH_SECONDS = 2.0, 0.25
+#: For whoever runs vLLM here: our engine, its own, and its server.
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 WORDS = """
 The people of our union have asked what the coming year will bring to the schools and roads of every state
 """
@@ -61,20 +65,33 @@ def prompts(count: int, seed: int = 1) -> list[str]:
     return [" ".join(draw.choices(WORDS.split(), k=64)) for _ in range(count)]
 
 
-@contextlib.contextmanager
-def served(run: Run, port: int) -> Iterator[str]:
+def served(run: Run, port: int, engine: str = "auto") -> contextlib.AbstractContextManager[str]:
     """The run behind ``distft serve``; its URL."""
-    key = "benchmark-" + "0" * 32
     command = [sys.executable, "-m", "distft", "serve", str(run.folder), "--port", str(port), "--address", "local"]
-    process = subprocess.Popen(command, env={**os.environ, "DISTFT_API_KEYS": key})
+    return answering([*command, "--engine", engine], port, "/readyz")
+
+
+def served_by_vllm(run: Run, port: int) -> contextlib.AbstractContextManager[str]:
+    """The run behind vLLM's own server, with what our engine gives it; its URL."""
+    dtype = DTYPES[read_json(run.export / "distft.json")["dtype"]]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(run.export)]
+    command += ["--served-model-name", run.name, "--port", str(port), "--dtype", dtype, "--max-num-seqs", str(REQUESTS)]
+    return answering([*command, "--no-enable-prefix-caching", "--disable-log-stats"], port, "/health")
+
+
+@contextlib.contextmanager
+def answering(command: list[str], port: int, ready: str) -> Iterator[str]:
+    """A server's process; its URL once ``ready`` answers."""
+    environment = {"DISTFT_API_KEYS": "benchmark-" + "0" * 32, **VLLM, **os.environ}
+    process = subprocess.Popen(command, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
+        for _ in range(400):
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                if httpx.get(url + ready, timeout=5).status_code == 200:
                     break
             if process.poll() is not None:
-                raise SystemExit("distft serve ended before it was ready")
+                raise SystemExit(f"{' '.join(command[1:4])} ended before it was ready")
             time.sleep(1)
         yield url
     finally:
@@ -144,19 +161,32 @@ for repeat in range(2):
 """
 
 
-def alone(run: Run) -> float:
-    """Tokens per second of the manager alone, in a process of its own, the second time."""
+ALONE_VLLM = """
+import json, sys, time
+from vllm import LLM, SamplingParams
+folder, count, dtype, prompts = json.load(sys.stdin)
+model = LLM(folder, dtype=dtype, max_num_seqs=len(prompts), enable_prefix_caching=False, disable_log_stats=True)
+for repeat in range(2):
+    began = time.perf_counter()
+    written = model.generate(prompts, SamplingParams(temperature=0, max_tokens=count), use_tqdm=False)
+    tokens = sum(len(one.outputs[0].token_ids) for one in written)
+    print(tokens / (time.perf_counter() - began))
+"""
+
+
+def alone(run: Run, script: str = ALONE) -> float:
+    """Tokens per second of an engine alone, in a process of its own, the second time."""
     asked = json.dumps(
         [str(run.export), NEW_TOKENS, DTYPES[read_json(run.export / "distft.json")["dtype"]], prompts(REQUESTS)]
     )
     threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
     told = subprocess.run(
-        [sys.executable, "-c", ALONE],
+        [sys.executable, "-c", script],
         input=asked,
         text=True,
         check=True,
         stdout=subprocess.PIPE,
-        env={**os.environ, **threads},
+        env={**VLLM, **os.environ, **threads},
     )
     return float(told.stdout.split()[-1])
 
@@ -177,6 +207,34 @@ def throughput(run: Run, repeats: int) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in found.items()}
     ratios = {f"{name}_over_alone": medians[name] / medians["alone"] for name in ("streamed", "whole")}
     return {"tokens_per_second": found, **ratios}
+
+
+def vllm(run: Run, repeats: int) -> dict[str, Any]:
+    """Our server with the engine vllm, vLLM's engine alone, and vLLM's own server, in turn."""
+    alone_rates: list[float] = []
+    servers = {"ours": lambda: served(run, 8105, "vllm"), "vllm_server": lambda: served_by_vllm(run, 8106)}
+    rates: dict[str, list[float]] = {name: [] for name in servers}
+    firsts: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    for _ in range(repeats):
+        alone_rates.append(alone(run, ALONE_VLLM))
+        for name, server in servers.items():
+            with server() as url:
+                asyncio.run(burst_of_wholes(url, run.name))  # the first is for caches
+                rates[name].append(asyncio.run(burst_of_wholes(url, run.name)))
+                per_second = 0.6 * alone_rates[0] / NEW_TOKENS
+                firsts[name].append(asyncio.run(arriving(url, run.name, per_second, 60)))
+            print(name, round(rates[name][-1], 1), "tokens/s; alone", round(alone_rates[-1], 1), flush=True)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    p99 = {
+        name: statistics.median(one["first_token_seconds"]["p99"] for one in found) for name, found in firsts.items()
+    }
+    return {
+        "tokens_per_second": {"alone": alone_rates, **rates},
+        "ours_over_alone": median["ours"] / statistics.median(alone_rates),
+        "ours_over_vllm_server": median["ours"] / median["vllm_server"],
+        "arriving": firsts,
+        "first_token_p99_over_vllm_server": p99["ours"] / p99["vllm_server"],
+    }
 
 
 def shares(values: list[float]) -> dict[str, float]:
@@ -284,7 +342,7 @@ def soak(run: Run, minutes: float, kill_every: float | None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("what", choices=["throughput", "hop", "load", "soak"])
+    parser.add_argument("what", choices=["throughput", "hop", "load", "vllm", "soak"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=30, help="soak: how long")
     parser.add_argument("--kill-every", type=float, metavar="SECONDS", help="soak: SIGKILL a replica so often")
@@ -295,7 +353,7 @@ def main() -> None:
         measured = soak(run, arguments.minutes, arguments.kill_every)
         what = "soak" if arguments.kill_every is None else "soak_with_kills"
     else:
-        measured = {"throughput": throughput, "hop": hop, "load": load}[what](run, arguments.repeats)
+        measured = {"throughput": throughput, "hop": hop, "load": load, "vllm": vllm}[what](run, arguments.repeats)
     known = read_json(arguments.out) if arguments.out.exists() else {}
     write_json(arguments.out, {**known, what: {"provenance": provenance(), **measured}})
     print(json.dumps(measured, indent=2))

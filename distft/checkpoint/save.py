@@ -63,9 +63,9 @@ class _Report:
 class Saver:
     """Saves an engine's state, one checkpoint at a time; every rank makes one and calls every method equally often.
 
-    Each rank copies its state into host memory and writes the copy in a thread, beside the next steps, into a folder
-    of a name that is never used again. When all have, rank 0's thread looks for every file and writes COMPLETE: only
-    then the checkpoint exists. Room within the budget is made before a byte is written.
+    Each rank copies its state into host memory, beside the next step's passes, and writes the copy in a thread, beside
+    the next steps, into a folder of a name that is never used again. When all have, rank 0's thread looks for every
+    file and writes COMPLETE: only then the checkpoint exists. Room within the budget is made before a byte is written.
 
     Args:
         engine: Whose state is saved.
@@ -102,7 +102,9 @@ class Saver:
         return self.finish()
 
     def begin(self, state: State) -> None:
-        """Copies the engine's state, makes room, and starts writing; returns before it is written.
+        """Makes room, and starts to copy the engine's state and to write it; returns before it is copied.
+
+        :meth:`hold` comes before the engine's next step.
 
         Args:
             state: How training stands.
@@ -120,6 +122,11 @@ class Saver:
         self._write = _Write(planned, snapshot, began)
         self._write.thread = threading.Thread(target=self._write_beside, args=(self._write,), name="checkpoint")
         self._write.thread.start()
+
+    def hold(self) -> None:
+        """Waits until the state is copied, so that it may change."""
+        if self._write is not None:
+            self._write.snapshot.wait()
 
     def finish(self) -> Checkpoint:
         """Waits until every rank has written its part and the checkpoint is complete.
@@ -163,7 +170,7 @@ class Saver:
         """Writes this rank's file."""
         rank, host = self._engine.world.rank, socket.gethostname()
         try:
-            size, digest = self._storage.write(self._file(write.planned), shards.content(write.snapshot))
+            size, digest = self._storage.write(self._file(write.planned), shards.content(write.snapshot.wait()))
             return _Report(FileRecord(write.planned.files[rank].name, size, digest), None, host)
         except DistftError as error:
             return _Report(None, error, host)

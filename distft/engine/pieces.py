@@ -6,6 +6,7 @@ The same for every engine and every ZeRO stage, once it is known where each para
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,9 +48,8 @@ class Holding:
         return tensor.detach().view(-1)[self.offset : self.offset + self.elements]
 
 
-@torch.no_grad()
 def snapshot(optimizer: torch.optim.Optimizer, holdings: Sequence[Holding], into: Snapshot | None = None) -> Snapshot:
-    """Copies the holdings into host memory; moments that no update has made yet are zeros.
+    """Begins to copy the holdings into host memory; moments that no update has made yet are zeros.
 
     Args:
         optimizer: Whose state it is.
@@ -57,25 +57,42 @@ def snapshot(optimizer: torch.optim.Optimizer, holdings: Sequence[Holding], into
         into: Whose memory is used, as far as it holds the same pieces.
     """
     held = {} if into is None else {(piece.name, piece.start): piece.tensors for piece in into.pieces}
-    pieces = tuple(
-        Piece(
-            one.name,
-            one.shape,
-            one.start,
-            {kind: _copy(optimizer, one, kind, held.get((one.name, one.start), {}).get(kind)) for kind in KINDS},
-        )
-        for one in holdings
-        if one.elements
-    )
-    return Snapshot(pieces, max((int(state["step"]) for state in optimizer.state.values() if state), default=0))
+    copies: list[tuple[Tensor, Tensor | None]] = []
+    pieces = []
+    for one in holdings:
+        if one.elements:
+            tensors = {}
+            for kind in KINDS:
+                source = _source(optimizer, one, kind)
+                dtype = one.owner.dtype if source is None else source.dtype
+                tensors[kind] = _room(held.get((one.name, one.start), {}).get(kind), one.elements, dtype)
+                copies.append((tensors[kind], source))
+            pieces.append(Piece(one.name, one.shape, one.start, tensors))
+    updates = max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+    beside = ThreadPoolExecutor(1, "snapshot")
+    copied = beside.submit(_copy, copies)
+    beside.shutdown(wait=False)  # the thread ends when it has copied
+    return Snapshot(tuple(pieces), updates, copied)
 
 
-def _copy(optimizer: torch.optim.Optimizer, one: Holding, kind: str, into: Tensor | None) -> Tensor:
+def _source(optimizer: torch.optim.Optimizer, one: Holding, kind: str) -> Tensor | None:
     whole = one.owner if kind == "weight" else optimizer.state.get(one.owner, {}).get(kind)
-    dtype = one.owner.dtype if whole is None else whole.dtype
-    if into is None or (into.numel(), into.dtype) != (one.elements, dtype):
-        into = torch.empty(one.elements, dtype=dtype)
-    return into.zero_() if whole is None else into.copy_(one.of(whole))
+    return None if whole is None else one.of(whole)
+
+
+def _room(known: Tensor | None, elements: int, dtype: torch.dtype) -> Tensor:
+    """Host memory for so many elements, that which is known where it fits."""
+    if known is None or (known.numel(), known.dtype) != (elements, dtype):
+        return torch.empty(elements, dtype=dtype)
+    return known
+
+
+def _copy(copies: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    for into, source in copies:
+        if source is None:
+            into.zero_()
+        else:
+            into.copy_(source)
 
 
 @torch.no_grad()

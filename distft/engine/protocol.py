@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,13 +62,23 @@ class Piece:
 class Snapshot:
     """A copy of what one rank holds, in host memory; training may go on beside it.
 
+    It is made in a thread: passes may run meanwhile, an update or a restore may not. (Passes leave the state as it is:
+    Mohan et al., CheckFreq, FAST 2021.)
+
     Attributes:
         pieces: Over all ranks they make up every trained parameter exactly once.
         updates: Updates that the optimizer has made (Adam's t).
+        copied: Is done when the tensors hold the copy.
     """
 
     pieces: tuple[Piece, ...]
     updates: int
+    copied: Future[None]
+
+    def wait(self) -> Snapshot:
+        """Itself, once the tensors hold the copy."""
+        self.copied.result()
+        return self
 
     @property
     def bytes(self) -> int:
@@ -151,6 +162,8 @@ class Engine(Protocol):
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """A copy of this rank's share of the trained weights and the optimizer's state, not yet on disk.
+
+        Until it is made (:meth:`Snapshot.wait`) nobody may call :meth:`step` or :meth:`restore`.
 
         Args:
             into: One of before that nobody needs any more: its memory is used again, since new memory takes longer to

@@ -205,10 +205,11 @@ def step(training: Training, number: int, *, skip: bool = False) -> tuple[Record
     if not np.isfinite(losses).all():
         _refuse(training, number, f"the loss is {losses.sum()}", indices[~np.isfinite(losses)])
     rate = training.learning_rate(number)
+    held = training.saving.hold()
     norm = None if skip else engine.step(rate)
     if norm is not None and not math.isfinite(norm):
         _refuse(training, number, f"the gradient norm is {norm}", indices)
-    seconds, tokens = clock.seconds(), rows.tokens(indices)
+    seconds, tokens = clock.seconds() - held, rows.tokens(indices)
     training.watchdog.step_took(seconds)
     record = {
         "kind": "train",
@@ -232,7 +233,7 @@ def step(training: Training, number: int, *, skip: bool = False) -> tuple[Record
         "accumulation": len(micro_batches),
         "sample_digest": sample_digest(rows.ids[indices].tolist()),
     }
-    training.saving.look(everywhere=written)  # not in the step's time: a save says itself how long it took
+    training.saving.look(everywhere=written)  # as the copy, not in the step's time: a save says itself what it took
     return {**record, "skipped": True} if skip else record, orders
 
 

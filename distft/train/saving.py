@@ -44,12 +44,20 @@ class Saving:
         return self._saver.pending and self._saver.written
 
     def begin(self, progress: Progress) -> None:
-        """Copies the state, and has it written beside the next steps."""
+        """Has the state copied beside the next step's passes, and written beside the next steps."""
         self.settle()
         try:
             self._copy(progress)
         except (CapacityError, CheckpointError) as error:
             self._failed(error)
+
+    def hold(self) -> float:
+        """Waits until the state is copied, since an update comes next; returns for how many seconds."""
+        began = time.perf_counter()
+        self._saver.hold()
+        waited = time.perf_counter() - began
+        self._blocking_seconds += waited
+        return waited
 
     def look(self, *, everywhere: bool) -> None:
         """Ends the save under way once it is complete."""

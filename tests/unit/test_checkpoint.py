@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from distft.checkpoint import (
 )
 from distft.checkpoint.storage import Bucket, FileRecord
 from distft.config import Job
-from distft.engine import Piece, Snapshot
+from distft.engine import KINDS, Piece, Snapshot
 from distft.errors import CapacityError, CheckpointError
 from distft.runs import Run
 from distft.world import World
@@ -54,10 +56,21 @@ class OneTensor:
 
     def __init__(self, elements: int = ELEMENTS) -> None:
         self.weight = torch.arange(elements, dtype=torch.float32)
+        self.may_copy = threading.Event()
+        self.may_copy.set()
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
-        kinds = ("weight", "exp_avg", "exp_avg_sq")
-        return Snapshot((Piece("w", (len(self.weight),), 0, {kind: self.weight.clone() for kind in kinds}),), 1)
+        tensors = {kind: torch.empty_like(self.weight) for kind in KINDS}
+        copied: Future[None] = Future()
+
+        def copy() -> None:
+            self.may_copy.wait()
+            for tensor in tensors.values():
+                tensor.copy_(self.weight)
+            copied.set_result(None)
+
+        threading.Thread(target=copy).start()
+        return Snapshot((Piece("w", (len(self.weight),), 0, tensors),), 1, copied)
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -105,9 +118,14 @@ def test_a_save_is_a_copy_of_the_moment_it_began(folder: Folder) -> None:
     engine = OneTensor()
     saving = Saver(engine, folder, KEY, 10**9)  # type: ignore[arg-type]
     assert not saving.pending
+    engine.may_copy.clear()
     saving.begin(replace(STATE, step=1))
-    engine.weight += 1  # training goes on
-    assert saving.pending
+    assert saving.pending  # passes go on
+    threading.Timer(0.3, engine.may_copy.set).start()
+    began = time.monotonic()
+    saving.hold()
+    assert time.monotonic() - began > 0.2
+    engine.weight += 1  # an update
     with saving.finish().shards() as files:
         assert torch.equal(weights(files)["w"], torch.arange(ELEMENTS, dtype=torch.float32))
     assert not saving.pending

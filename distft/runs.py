@@ -138,6 +138,11 @@ class Run:
         return self.logs / "group.json"
 
     @property
+    def plan(self) -> Path:
+        """Memory and seconds of a step: predicted, measured, and the error."""
+        return self.folder / "plan.json"
+
+    @property
     def key(self) -> Path:
         """What checkpoints are signed with (HMAC): readable by the run's owner alone."""
         return self.folder / "key"

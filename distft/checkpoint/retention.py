@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distft.checkpoint.layout import Checkpoint
+from distft.config.values import amount
 from distft.errors import CapacityError
 
 
@@ -71,11 +72,3 @@ def _too_small(budget_bytes: int, needed: int, reason: str) -> CapacityError:
         where="checkpoint.budget",
         fix=f"give it at least {amount(needed)}",
     )
-
-
-def amount(size: int) -> str:
-    """Bytes as people read them, in powers of ten as on a disk's label."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

@@ -14,9 +14,10 @@ from typing import TypeVar
 
 from distft.checkpoint import shards
 from distft.checkpoint.layout import MARKER, Checkpoint, State, complete, newest_sound, step_names
-from distft.checkpoint.retention import amount, obsolete, spare
+from distft.checkpoint.retention import obsolete, spare
 from distft.checkpoint.signature import signing_key
 from distft.checkpoint.storage import FileRecord, Storage
+from distft.config.values import amount
 from distft.engine import Engine, Snapshot
 from distft.errors import CapacityError, CheckpointError, DistftError
 from distft.log import logger

@@ -23,6 +23,7 @@ from distft.cli.arguments import (
     viewing,
 )
 from distft.cli.doctor import doctor
+from distft.cli.planning import plan
 from distft.cli.proving import audit, blame, chaos, verify
 from distft.cli.submission import logs, status, stop, submit
 from distft.errors import DistftError, JobError
@@ -266,7 +267,7 @@ def serve(
             wait_for_stop(answering.check)
 
 
-for _command in (audit, blame, verify, chaos, submit, status, logs, stop, doctor):
+for _command in (plan, audit, blame, verify, chaos, submit, status, logs, stop, doctor):
     app.command()(_command)
 
 

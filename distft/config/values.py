@@ -48,10 +48,18 @@ def parse_bytes(size: str) -> int:
         PydanticCustomError: It is not a size; within validation pydantic collects it.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTP]?i?B)", size.strip(), re.IGNORECASE | re.ASCII)
-    amount = int(Decimal(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if amount < 1:
+    found = int(Decimal(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if found < 1:
         raise wrong("a size such as 20GB, 1.5TB or 500MiB")
-    return amount
+    return found
+
+
+def amount(size: float) -> str:
+    """Bytes as people read them, in powers of ten as on a disk's label."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def _size(size: object) -> object:

@@ -82,6 +82,12 @@ def prepared_folder(
     return folder
 
 
+def found(job: Job, model_folder: Path) -> Path | None:
+    """The folder of the job's prepared data where it is there; the source must be on this machine."""
+    folder = cache_folder() / "prepared" / key_of(job, model_folder, sources_of(job.data, job.folder))
+    return folder if store.fault(folder, deep=False) is None else None
+
+
 def _sweep(folder: Path) -> None:
     """Removes what was begun, never finished, and not gone on with for a week."""
     for building in folder.glob("*.building"):

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+GGUF_FORMAT = "gguf1"
+"""Names what :mod:`distft.model.gguf_file` makes, in the cache: raise the number when it makes something else."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+def is_hub_id(address: str) -> bool:
+    """Whether an address that is no path on this machine names a model on the hub."""
+    return bool(_HUB_ID.fullmatch(address)) and not address.endswith(".gguf")
 
 
 def materialise(section: ModelSection, folder: Path) -> Path:
@@ -42,7 +49,7 @@ def materialise(section: ModelSection, folder: Path) -> Path:
     """
     address = section.source
     is_local = address.startswith("pypi://") or (folder / Path(address).expanduser()).exists()
-    if not is_local and _HUB_ID.fullmatch(address) and not address.endswith(".gguf"):
+    if not is_local and is_hub_id(address):
         if section.sha256 is not None:
             raise DataError("a hub id has no sha256", where=address, fix="name the commit instead: model.revision")
         path = _from_hub(address, section.revision)
@@ -54,6 +61,33 @@ def materialise(section: ModelSection, folder: Path) -> Path:
     return path
 
 
+def cached(section: ModelSection, folder: Path) -> Path | None:
+    """The folder that :func:`materialise` would give, where it is on this machine already; nothing is fetched or made.
+
+    Raises:
+        DataError: A local path names nothing.
+    """
+    address = section.source
+    if not (folder / Path(address).expanduser()).exists() and is_hub_id(address):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(
+                snapshot_download(address, revision=section.revision, allow_patterns=_PATTERNS, local_files_only=True)
+            )
+        except LocalEntryNotFoundError:
+            return None
+    path = source.file(address, folder, None, _PATTERNS)
+    place = path if path.is_dir() else _place(path)
+    return place if place.is_dir() else None
+
+
+def _place(path: Path) -> Path:
+    """Where a GGUF file's model is dequantised to."""
+    return cache_folder() / "models" / f"{path.stem}-{source.sha256_of(path)[:16]}-{GGUF_FORMAT}"
+
+
 def _dequantised(path: Path, address: str) -> Path:
     """The cached folder of a GGUF file, made on first use."""
     if path.suffix != ".gguf":
@@ -62,11 +96,11 @@ def _dequantised(path: Path, address: str) -> Path:
             where=address,
             fix="model.source is a hub id, a folder with config.json and model.safetensors, or a .gguf file",
         )
-    from distft.model.gguf_file import FORMAT, convert
+    from distft.model.gguf_file import convert
 
-    models = cache_folder() / "models"
+    place = _place(path)
+    models = place.parent
     models.mkdir(parents=True, exist_ok=True)
-    place = models / f"{path.stem}-{source.sha256_of(path)[:16]}-{FORMAT}"
     with FileLock(f"{place}.lock"):
         if not place.is_dir():
             logger.info("dequantising %s (first time)", path.name)

@@ -39,9 +39,6 @@ from distft.model.tokenizer import pad_id, stop_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = "gguf1"
-"""Names what this module makes, in the cache: raise the number when it makes something else."""
-
 # llama.cpp's src/llama-vocab.cpp splits all of these alike: each digit, then GPT-2's expression.
 _SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 # GPT-2's expression, which transformers falls back on.

@@ -19,7 +19,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from distft.checkpoint.retention import amount
+from distft.config.values import amount
 from distft.errors import DistftError
 from distft.orchestrate.cluster import Node, connected, joined
 from distft.orchestrate.listener import Listener

@@ -13,6 +13,7 @@ from distft.config import Job
 from distft.errors import Interrupted, JobError
 from distft.orchestrate.cluster import Node, check_capacity, connected, grown, joined, worker_resources, workers_of
 from distft.orchestrate.data import Data, card_of, prepare
+from distft.orchestrate.fit import check_fit
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.nodes.check import check_nodes
 from distft.orchestrate.search.stage import search as search_stage
@@ -103,6 +104,7 @@ def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[
             listener.note(f"  {where}")
         nodes = grown(job, nodes, listener.note)
         check_capacity(workers_of(job), worker_resources(job, nodes), nodes)
+        check_fit(job, nodes)
         heard = check_nodes(job, made, nodes, listener)
         _check_quantisation(job)
         data = prepare(job, listener)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from distft.config import Job
+from distft.config.values import amount
 from distft.errors import JobError
+from distft.model.shape import Shape
 from distft.plan.batch import BatchPlan
+from distft.plan.fit import Room, Subject, choose_way, setup_of, ways
 from distft.plan.hardware import Hardware
 
 T = TypeVar("T")
@@ -48,8 +51,10 @@ def choose(
     *,
     most_workers: int | None = None,
     micro_batch_limit: int | None = None,
+    shape: Shape | None = None,
+    workers_per_node: int = 1,
 ) -> Choices:
-    """Decides everything that the job leaves open.
+    """Decides everything that the job leaves open: a function of its arguments, so that it comes out the same again.
 
     Args:
         job: The job.
@@ -57,9 +62,12 @@ def choose(
         hardware: What one of them has.
         most_workers: See :meth:`BatchPlan.solve`.
         micro_batch_limit: See :meth:`BatchPlan.solve`.
+        shape: The model; None: it is not known whether it fits.
+        workers_per_node: How many workers share a machine.
 
     Raises:
         JobError: A setting cannot be used.
+        CapacityError: The job does not fit, whatever is left open.
     """
     batch = BatchPlan.solve(
         job.train.batch_size,
@@ -70,12 +78,48 @@ def choose(
         most_workers=most_workers,
         micro_batch_limit=micro_batch_limit,
     )
-    return Choices(
+    first = Choices(
         choose_dtype(job.model.dtype, hardware),
         choose_stage(job.zero.stage, world_size),
         choose_activation_checkpointing(job.train.activation_checkpointing),
         batch,
     )
+    room = Room.of(hardware, workers_per_node)
+    if shape is None or room is None:
+        return first
+    return _fitted(first, job, Subject.of(job, shape), hardware, room, workers_per_node)
+
+
+def _fitted(
+    first: Choices, job: Job, subject: Subject, hardware: Hardware, room: Room, workers_per_node: int
+) -> Choices:
+    """What was decided without looking at memory, changed where that does not fit.
+
+    Raises:
+        CapacityError: Nothing fits.
+    """
+    workers = first.batch.world_size
+    setup = setup_of(
+        job,
+        hardware,
+        dtype=first.dtype.value,
+        stage=first.stage.value,
+        micro_batch_size=first.batch.micro_batch_size,
+        workers=workers,
+        nodes=-(-workers // workers_per_node),
+    )
+    way = choose_way(job, subject, setup, room)
+    wanted = next(ways(job, subject, setup)).memory.device_bytes
+    told = f"{amount(way.memory.device_bytes)} of {amount(room.total_bytes)} a worker; {amount(wanted)} without it"
+    checkpointing, stage, batch = first.activation_checkpointing, first.stage, first.batch
+    if way.setup.checkpointing != checkpointing.value:
+        checkpointing = Choice(way.setup.checkpointing, f"memory: {told}")
+    if way.setup.stage != stage.value:
+        stage = Choice(way.setup.stage, f"memory: {told}")
+    if way.setup.micro_batch_size != batch.micro_batch_size:
+        size = way.setup.micro_batch_size
+        batch = replace(batch, micro_batch_size=size, reason=f"{batch.reason}; {size} to fit into memory: {told}")
+    return Choices(first.dtype, stage, checkpointing, batch)
 
 
 def choose_dtype(asked: str, hardware: Hardware) -> Choice[str]:

@@ -1,11 +1,28 @@
-"""What a worker's device can do: detected facts, and the peak that MFU is measured against."""
+"""What a worker's device can do: detected facts, and the peak that MFU is measured against.
+
+Nothing imports torch before it is needed: whether a job fits can be told without it.
+"""
 
 from __future__ import annotations
 
+import csv
+import platform
+import shutil
+import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import psutil
+
+from distft.plan.devices import Device, known
+
+if TYPE_CHECKING:
+    import torch
+
+
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -16,19 +33,80 @@ class Hardware:
         device_type: ``cpu`` or ``cuda``.
         name: What the device calls itself.
         fast_bf16: Whether it multiplies bf16 matrices in hardware.
+        memory_bytes: Its memory; of a CPU the machine's, which the workers on it share. None: unknown.
+        host_bytes: The memory of the machine that it is in. None: unknown.
     """
 
     device_type: str
     name: str
     fast_bf16: bool
+    memory_bytes: int | None = None
+    host_bytes: int | None = None
 
     @classmethod
     def detect(cls) -> Hardware:
         """Reads the facts of this process's current device."""
+        import torch
+
+        host = host_memory_bytes()
         if torch.cuda.is_available():
-            return cls("cuda", torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False))
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            return cls("cuda", torch.cuda.get_device_name(), fast, total, host)
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return cls("cpu", f"CPU ({torch.backends.cpu.get_cpu_capability()})", fast)
+        return cls("cpu", f"CPU ({torch.backends.cpu.get_cpu_capability()})", fast, host, host)
+
+    @classmethod
+    def glance(cls) -> Hardware:
+        """The same facts of this machine without torch, in some milliseconds; a CPU has a shorter name."""
+        host = host_memory_bytes()
+        gpu = _first_gpu()
+        if gpu is not None:
+            name, total = gpu
+            return cls("cuda", name, True, total, host)
+        named = processor()
+        return cls("cpu", "CPU", "avx512_bf16" in named or "amx_bf16" in named, host, host)
+
+    @classmethod
+    def of(cls, device: Device) -> Hardware:
+        """A device of the table, in a machine that nothing is known of."""
+        return cls("cuda", device.name, True, device.memory_bytes)
+
+
+def processor() -> str:
+    """Its name, and which of the instructions it has that decide how fast it trains: ``AMD EPYC (avx2, avx512f)``."""
+    facts = Path("/proc/cpuinfo")
+    if not facts.exists():
+        return platform.processor()
+    # The first core stands for all. Other architectures name other things.
+    lines = (line.partition(":") for line in facts.read_text(errors="replace").partition("\n\n")[0].splitlines())
+    told = {name.strip(): value.strip() for name, _, value in lines}
+    has = [name for name in _INSTRUCTIONS if name in told.get("flags", "").split()]
+    return told.get("model name", platform.processor()) + (f" ({', '.join(has)})" if has else "")
+
+
+def host_memory_bytes() -> int:
+    """This machine's memory, or that of the container that this process is in, where that has less."""
+    total = psutil.virtual_memory().total
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        try:
+            total = min(total, int(path.read_text()))
+        except (OSError, ValueError):  # another version of cgroups; or "max": no limit
+            continue
+    return total
+
+
+def _first_gpu() -> tuple[str, int] | None:
+    """Name and bytes of the first NVIDIA GPU that the driver tells of, or None."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
+        name, mebibytes = next(csv.reader(done.stdout.splitlines(), skipinitialspace=True))
+        return name, int(mebibytes) * 2**20
+    except (OSError, subprocess.SubprocessError, StopIteration, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -44,34 +122,20 @@ class Peak:
     name: str
 
 
-#: Dense bf16 peaks of GPUs from NVIDIA's data sheets (without sparsity), by a part of their name; first match counts.
-BF16_PEAKS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-}
-
-
 def peak_flops(hardware: Hardware, dtype: torch.dtype) -> Peak:
     """The peak of a device for a type: from the table of GPUs, else measured with a large matrix product (0.2 s)."""
-    if hardware.device_type == "cuda" and dtype == torch.bfloat16:
-        for part, flops in BF16_PEAKS.items():
-            if part in hardware.name:
-                return Peak(flops, f"{part}, dense bf16")
+    import torch
+
+    device = known(hardware.name) if hardware.device_type == "cuda" and dtype == torch.bfloat16 else None
+    if device is not None:
+        return Peak(device.bf16_flops, f"{device.name}, dense bf16")
     return Peak(_measured_flops(hardware.device_type, dtype), f"{hardware.name}, measured matrix product")
 
 
 def _measured_flops(device_type: str, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """The best rate of a square matrix product within a short time."""
+    import torch
+
     size = 4096 if device_type == "cuda" else 512
     matrix = torch.ones(size, size, dtype=dtype, device=device_type)
     best = 0.0

@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from distft.plan.hardware import processor
+
 PACKAGES = ("distft", "torch", "ray", "deepspeed", "transformers", "tokenizers", "pyarrow", "numpy")
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def environment() -> dict[str, Any]:
@@ -19,7 +20,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": versions(),
         "commit": _commit(),
@@ -33,18 +34,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _processor() -> str:
-    """Its name, and which of the instructions it has that decide how fast it trains: ``AMD EPYC (avx2, avx512f)``."""
-    facts = Path("/proc/cpuinfo")
-    if not facts.exists():
-        return platform.processor()
-    # The first core stands for all. Other architectures name other things.
-    lines = (line.partition(":") for line in facts.read_text(errors="replace").partition("\n\n")[0].splitlines())
-    told = {name.strip(): value.strip() for name, _, value in lines}
-    has = [name for name in _INSTRUCTIONS if name in told.get("flags", "").split()]
-    return told.get("model name", platform.processor()) + (f" ({', '.join(has)})" if has else "")
 
 
 def _commit() -> str | None:

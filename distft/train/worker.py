@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import psutil
 
 from distft import engine as engines
 from distft.checkpoint import Saver, State, check_budget, shared_key, storage_of
@@ -15,6 +16,7 @@ from distft.config import Job
 from distft.data.order import Order, sampled_rows
 from distft.data.store import Prepared, Rows
 from distft.engine import Engine
+from distft.errors import DistftError
 from distft.model import (
     DTYPES,
     LossModel,
@@ -24,10 +26,12 @@ from distft.model import (
     pad_id,
     training_model,
 )
+from distft.model.shape import Shape, of_folder
 from distft.plan.choices import Choices, choose
 from distft.plan.hardware import Hardware, peak_flops
 from distft.runs import Run, event, read_json, read_lines, write_json
 from distft.train.environment import versions
+from distft.train.forecast import Forecast, forecast, settle
 from distft.train.loop import Indices, Training, batch_of, fit
 from distft.train.orders import Listening, asked
 from distft.train.outcome import FIRST, Attempt, Outcome
@@ -78,14 +82,27 @@ def work(
         DistftError: On every rank.
     """
     hardware = Hardware.detect()
-    choices = choose(
-        job, world.size, hardware, most_workers=attempt.most_workers, micro_batch_limit=attempt.micro_batch_limit
+    process_bytes = psutil.Process().memory_info().rss
+    shape = of_folder(model_folder)
+    choices = _agreed(
+        lambda: choose(
+            job,
+            world.size,
+            hardware,
+            most_workers=attempt.most_workers,
+            micro_batch_limit=attempt.micro_batch_limit,
+            shape=shape,
+            workers_per_node=world.local_size,
+        ),
+        world,
     )
     if world.is_main:
         _record(run, choices)
     prepared = Prepared.open(prepared_folder)
     pad = pad_id(load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code))
     engine, flops = _open(job, world, choices, prepared, model_folder, pad, kind)
+    peak = peak_flops(hardware, DTYPES[choices.dtype.value]).flops
+    expected = _forecast(job, shape, choices, world, hardware, peak, prepared, process_bytes)
     with (
         FileReporter(run, is_main=world.is_main, tensorboard=job.track.tensorboard) as files,
         Watchdog(run.logs / f"rank-{world.rank}.stack", attempt.stall_seconds) as watchdog,
@@ -98,7 +115,7 @@ def work(
             prepared,
             pad=pad,
             flops=flops,
-            peak=peak_flops(hardware, DTYPES[choices.dtype.value]).flops,
+            peak=peak,
             reporter=reporter or files,
             watchdog=watchdog,
             attempt=attempt,
@@ -106,8 +123,59 @@ def work(
         progress = _start(job, run, training, take_up, choices, attempt, resume=resume)
         progress, stopped = fit(training, progress)
     engine.close()
+    if world.is_main:
+        settle(run, expected)
     metrics = {} if progress.best_loss is None else {"validation_loss": progress.best_loss}
     return Outcome(progress.step, progress.best_step, stopped, metrics)
+
+
+def _agreed(decide: Callable[[], Choices], world: World) -> Choices:
+    """Rank 0's decision on every rank: facts of nodes, such as their memory, may differ a little.
+
+    Raises:
+        DistftError: On every rank, where rank 0 cannot decide.
+    """
+    if world.size == 1:
+        return decide()
+    outcome: Choices | DistftError | None = None
+    if world.is_main:
+        try:
+            outcome = decide()
+        except DistftError as error:
+            outcome = error
+    device = engines.device_of(world)
+    engines.join(world, device)
+    agreed: Choices | DistftError = engines.broadcast(outcome, device)
+    if isinstance(agreed, DistftError):
+        raise agreed
+    return agreed
+
+
+def _forecast(
+    job: Job,
+    shape: Shape,
+    choices: Choices,
+    world: World,
+    hardware: Hardware,
+    peak: float,
+    prepared: Prepared,
+    process_bytes: int,
+) -> Forecast:
+    """What this run is expected to take, from what its data is like."""
+    rows = prepared.rows("train")
+    tokens = rows.tokens(np.arange(len(rows)))
+    return forecast(
+        job,
+        shape,
+        choices,
+        world,
+        hardware,
+        peak,
+        process_bytes=process_bytes,
+        labels=len(prepared.labels),
+        attended_tokens=attended_tokens(rows),
+        fill=min(1.0, tokens / (len(rows) * job.data.max_tokens)),
+    )
 
 
 def _open(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distft.checkpoint.retention import amount
+from distft.config.values import amount
 from distft.orchestrate.nodes.facts import Facts, Room
 from distft.orchestrate.nodes.network import Network
 

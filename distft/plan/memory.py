@@ -1,0 +1,228 @@
+"""Bytes that training takes on each rank, by part, moment by moment.
+
+Legend: P parameters, Q of them trained, N ranks, s bytes of a number (2 in bf16, 4 in fp32), D hidden, V vocabulary,
+L layers, T tokens of a row, B rows of a pass.
+
+What is kept of a parameter follows ZeRO (Rajbhandari et al., arXiv 1910.02054, section 3.1 and figure 1): in mixed
+precision s P for weights, and 4 Q for each of fp32 weights, gradient and Adam's two moments. Where the published
+formulas and DeepSpeed 0.19.8 part, this counts what DeepSpeed does with the settings of :mod:`distft.engine.zero`
+(``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``bf16_optimizer.py``, ``fp16/unfused_optimizer.py``): fp32 copies of
+fp32 weights from stage 1 on, gradients summed and sent in fp32, whole buckets of them at stages 0 to 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distft.model.shape import Shape
+from distft.plan.setup import Setup
+
+#: Elements of DeepSpeed's buffer for gradients on their way (``reduce_bucket_size``), and those of gathered weights
+#: that ZeRO-3 keeps at most (``stage3_max_live_parameters``); both are defaults of its ``zero/config.py``.
+BUCKET, LIVE = 500_000_000, 1_000_000_000
+
+#: Bytes of one chunk's logits in fp32: ``CHUNK_BYTES`` of :mod:`distft.model.cross_entropy`, which imports torch.
+LOGITS_CHUNK = 32 * 2**20
+
+#: What a worker's process holds beside its model: Python, torch, DeepSpeed, transformers, and Ray's worker; 580 MB
+#: measured without Ray (Linux, torch 2.13 for CPU), and 104 MB more with it. A worker that runs knows its own.
+PROCESS_BYTES = 684_000_000
+
+#: What malloc holds of a CPU's memory and does not give back, of all but the process: 7 to 36 % were measured for a
+#: model of 28 M parameters at ZeRO 0 to 3, in fp32 and bf16. Calibration corrects it.
+SLACK = 0.20
+
+#: Bytes of a parameter in nf4: four bits, and a scale for each 64 of them, itself quantised (QLoRA, arXiv 2305.14314).
+NF4_BYTES = 0.516
+
+Parts = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank needs.
+
+    Attributes:
+        moments: Parts in bytes at each moment at which memory may peak, by the moment's name; on the device.
+        host: Parts in bytes in the memory of its machine; the same as the device's peak where that is the CPU.
+        checkpoint_bytes: A checkpoint on the disk, over all ranks.
+    """
+
+    moments: Mapping[str, Parts]
+    host: Parts
+    checkpoint_bytes: int
+
+    @property
+    def peak(self) -> str:
+        """The moment that takes most."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def parts(self) -> Parts:
+        """The parts at that moment."""
+        return self.moments[self.peak]
+
+    @property
+    def device_bytes(self) -> int:
+        """The peak."""
+        return sum(self.parts.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in the machine's memory."""
+        return sum(self.host.values())
+
+
+def memory(shape: Shape, trained: int, setup: Setup, process_bytes: int = PROCESS_BYTES) -> Memory:
+    """What training takes on one rank.
+
+    Args:
+        shape: The model.
+        trained: Parameters Q that are trained.
+        setup: How.
+        process_bytes: What a worker's process holds before its model.
+    """
+    cpu = setup.device_type == "cpu"
+    offloads = setup.offload == "cpu" and not cpu
+    state, gradients = _state(shape, trained, setup), _kept_gradients(trained, setup)
+    snapshot = 12 * _share(trained, setup, always=True)
+    on_host = {"fp32 weights": state.pop("fp32 weights"), "moments": state.pop("moments")} if offloads else {}
+    if offloads and setup.stage == 3:
+        on_host["weights"] = state.pop("weights")
+    if offloads and setup.stage >= 2:
+        on_host["gradients"], gradients = gradients, 0
+    if cpu:
+        state |= {"process": process_bytes, "copy for saving": snapshot}
+    gathered = {"gathered weights": min(_weight_bytes(shape, setup), LIVE * setup.bytes)} if setup.stage == 3 else {}
+    steady = {**state, **gathered}
+    before = gradients if setup.passes > 1 or setup.stage in (1, 3) else 0  # of earlier passes, or kept for good
+    moments: dict[str, Parts] = {
+        "forward pass": {
+            **steady,
+            "activations": activation_bytes(shape, setup),
+            "loss": loss_bytes(shape, trained, setup),
+            "gradients": before,
+        },
+        "backward pass": {
+            **steady,
+            "gradients": gradients,
+            "gradients on their way": _sending_bytes(trained, setup),
+        },
+        "update": {**state, "gradients": gradients, "gradients in fp32": _update_bytes(trained, setup)},
+        "evaluation": {**steady, "activations": _layer_bytes(shape, setup), "loss": 2 * LOGITS_CHUNK},
+    }
+    loading = {"process": process_bytes, "file": shape.stored_bytes, "weights": shape.parameters * setup.bytes}
+    if cpu:
+        moments = {name: _with_slack(parts) for name, parts in moments.items()}
+        moments["loading"] = loading
+        host = moments[max(moments, key=lambda moment: sum(moments[moment].values()))]
+    else:
+        training = {"process": process_bytes, "copy for saving": snapshot, **on_host}
+        host = max(loading, training, key=lambda parts: sum(parts.values()))
+    return Memory(moments, host, 12 * trained)
+
+
+def _with_slack(parts: Parts) -> Parts:
+    """The parts, and what the allocator holds beside them."""
+    return {**parts, "allocator": round(SLACK * (sum(parts.values()) - parts["process"]))}
+
+
+def _share(trained: int, setup: Setup, *, always: bool = False) -> int:
+    """Trained parameters whose optimizer state a rank keeps, Q or Q/N; those that it saves are Q/N at every stage."""
+    return math.ceil(trained / setup.workers) if setup.stage > 0 or always else trained
+
+
+def _weight_bytes(shape: Shape, setup: Setup) -> int:
+    """Of the whole model, frozen matrices in four bits where the job says so."""
+    packed = sum(map(math.prod, shape.matrices.values())) if setup.quantised else 0
+    return round(packed * NF4_BYTES) + (shape.parameters - packed) * setup.bytes
+
+
+def _state(shape: Shape, trained: int, setup: Setup) -> dict[str, int]:
+    """What is kept from step to step but for gradients: ZeRO, arXiv 1910.02054, section 5."""
+    adapter = 0 if trained == shape.parameters else trained
+    weights = _weight_bytes(shape, setup) + adapter * setup.bytes
+    plain = setup.stage == 0 and setup.bytes == 4  # the optimizer steps the weights themselves
+    share = _share(trained, setup)
+    return {
+        "weights": math.ceil(weights / setup.workers) if setup.stage == 3 else weights,
+        "fp32 weights": 0 if plain else 4 * share,
+        "moments": 8 * share,
+    }
+
+
+def _kept_gradients(trained: int, setup: Setup) -> int:
+    """Gradients between the passes of a step: whole up to stage 1 (in bf16 fp32 sums), a share from stage 2 on."""
+    if setup.stage == 0:
+        return setup.bytes * trained
+    return 4 * (trained if setup.stage == 1 else _share(trained, setup))
+
+
+def _sending_bytes(trained: int, setup: Setup) -> int:
+    """Copies of gradients at the end of a backward pass: a bucket, its flat copy, and that in fp32 to be sent.
+
+    On a GPU a bucket is allocated as a whole, twice from stage 1 on, since the next one fills while one is sent; a
+    CPU's memory is only taken where it is written.
+    """
+    s, bucket = setup.bytes, min(trained, BUCKET)
+    cast = 4 * bucket if s == 2 else 0
+    if setup.stage == 0:
+        return s * bucket + cast
+    if setup.stage == 1 and s == 2:
+        return 2 * trained + 4 * bucket
+    share = 4 * _share(trained, setup) if s == 4 and setup.stage < 3 else 0  # cut out of the bucket
+    if setup.device_type == "cpu":
+        return (2 if setup.stage < 3 else 1) * s * bucket + cast + share
+    return 2 * s * BUCKET + cast + share
+
+
+def _update_bytes(trained: int, setup: Setup) -> int:
+    """Gradients as the optimizer takes them, where that is another copy: fp32 ones of bf16, and flat ones."""
+    if setup.stage == 0:
+        return 4 * trained if setup.bytes == 2 else 0
+    share = 4 * _share(trained, setup)
+    return share if setup.stage == 3 or (setup.bytes == 4 and setup.stage == 2) else 0
+
+
+def activation_bytes(shape: Shape, setup: Setup) -> int:
+    """Activations that a forward pass leaves for the backward pass.
+
+    The method of Korthikanti et al. (arXiv 2205.05198, section 4.1), which counts the tensors that each operation
+    keeps, for the layers that transformers computes today: RMSNorm in fp32, SwiGLU, attention by torch's fused kernel,
+    which keeps no T x T probabilities, but for packed rows a mask of them. Recomputing each layer keeps its input alone
+    and one layer's activations (section 5 there; Chen et al., arXiv 1604.06174).
+    """
+    kept = setup.pass_tokens * shape.hidden * setup.bytes
+    if setup.checkpointing:
+        return shape.layers * kept + _layer_bytes(shape, setup)
+    return shape.layers * _layer_bytes(shape, setup) + 4 * kept  # embedding, last norm
+
+
+def _layer_bytes(shape: Shape, setup: Setup) -> int:
+    """Of one layer: two norms, queries, keys, values (each as wide as the queries), what attention gives, the MLP.
+
+    A norm keeps its input and its normalised input in fp32 or cast back, and its output, which the matrices keep.
+    """
+    s, attention = setup.bytes, shape.heads * shape.head_size
+    norms = 2 * (4 + 2 * s) * shape.hidden
+    wide = (4 if shape.gated else 2) * shape.intermediate * shape.experts_used
+    mask = s * setup.row_tokens if setup.packed else 0
+    return round(setup.pass_tokens * (norms + 4 * s * attention + s * wide + mask))
+
+
+def loss_bytes(shape: Shape, trained: int, setup: Setup) -> int:
+    """What head and loss hold beside the activations.
+
+    Fused (:mod:`distft.model.cross_entropy`): a chunk's logits, their log-probabilities and gradient, the gradients of
+    hidden states, and of the head's weight in fp32 with the product that is added to it. Otherwise all logits, in the
+    type of the weights and twice in fp32.
+    """
+    s, tokens = setup.bytes, setup.pass_tokens
+    if not shape.plain_head:
+        return tokens * shape.outputs * (2 * s + 8)
+    logits = min(LOGITS_CHUNK, 4 * tokens * shape.outputs)
+    chunk = logits + (logits * s // 4) * (2 if s == 2 else 1)
+    weight = (4 + s if s == 2 else 4) * shape.outputs * shape.hidden if trained == shape.parameters else 0
+    return chunk + weight + 2 * tokens * shape.hidden * s

@@ -1,0 +1,182 @@
+"""Seconds of a step: arithmetic, the update, and what ranks send one another.
+
+Legend: N ranks, Q trained parameters, P all of them, s bytes of a weight, alpha seconds of latency of one message,
+beta bytes a second of a link.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from distft.model.shape import Shape
+from distft.plan.devices import Device
+from distft.plan.memory import BUCKET, LIVE
+from distft.plan.setup import Setup
+
+#: The share of its peak that a device reaches in a training step. GPU: the one figure with which the published tables
+#: in ``benchmarks/published.py`` come out best; CPU: 35 to 45 % of the measured matrix product was seen for a bare
+#: DeepSpeed loop. Calibration corrects both.
+EFFICIENCY = {"cuda": 0.40, "cpu": 0.40}
+
+#: By how much matrix products in fp32 are slower than in bf16, in torch's default precision: 312 to 19.5 TFLOP/s of an
+#: A100, 989 to 67 of an H100.
+FP32_SLOWER = 15
+
+#: Seconds of one message: within a node and between nodes. Usual figures of NCCL and InfiniBand, and of TCP.
+LATENCY = {"cuda": (5e-6, 15e-6), "cpu": (50e-6, 200e-6)}
+
+#: Bytes a second that gloo moves between processes of one machine and over a network of 10 Gbit/s; and that a CPU moves
+#: to and from memory. Usual figures; what they are off by goes into the calibration.
+CPU_LINK, CPU_NETWORK, CPU_MEMORY = 2e9, 1.25e9, 10e9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device computes and sends.
+
+    Attributes:
+        peak_flops: Operations a second at best.
+        efficiency: The share of it that training reaches.
+        memory_bandwidth: Bytes a second.
+        link: Beta within a node.
+        network: Beta between nodes, for one device.
+        latency: Alpha within a node and between nodes.
+    """
+
+    peak_flops: float
+    efficiency: float
+    memory_bandwidth: float
+    link: float
+    network: float
+    latency: tuple[float, float]
+
+    @classmethod
+    def of(cls, device: Device, dtype: str = "bf16") -> Rates:
+        """Of a device in the table."""
+        peak = device.bf16_flops / (FP32_SLOWER if dtype == "fp32" else 1)
+        return cls(peak, EFFICIENCY["cuda"], device.memory_bandwidth, device.link, device.network, LATENCY["cuda"])
+
+    @classmethod
+    def of_cpu(cls, peak_flops: float) -> Rates:
+        """Of a CPU whose matrix product was measured."""
+        return cls(peak_flops, EFFICIENCY["cpu"], CPU_MEMORY, CPU_LINK, CPU_NETWORK, LATENCY["cpu"])
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of exchange in a step.
+
+    Attributes:
+        rounds: How often the data goes around the ring: 2 for an all-reduce, 1 for all-gather and reduce-scatter.
+        bytes: Of the whole tensor.
+        times: How often in a step.
+        messages: In how many pieces it is sent each time.
+    """
+
+    rounds: int
+    bytes: int
+    times: int
+    messages: int = 1
+
+    def sent(self, ranks: int) -> float:
+        """Bytes that each rank sends in a step: ``rounds (N - 1) / N bytes``."""
+        return self.times * self.rounds * (ranks - 1) / ranks * self.bytes
+
+    def seconds(self, ranks: int, alpha: float, beta: float) -> float:
+        """Of a ring: ``rounds (N - 1) (alpha messages + bytes / (N beta))``.
+
+        Thakur, Rabenseifner and Gropp, Optimization of Collective Communication Operations in MPICH (2005), sections
+        4.1 and 4.4: all-gather by ring, and all-reduce as reduce-scatter and all-gather.
+        """
+        return self.times * self.rounds * (ranks - 1) * (alpha * self.messages + self.bytes / (ranks * beta))
+
+
+def collectives(shape: Shape, trained: int, setup: Setup, gradient_bytes: int = 4) -> list[Collective]:
+    """What ranks exchange in a step.
+
+    ZeRO (arXiv 1910.02054, section 7) moves 2 Q up to stage 2 and 3 Q at stage 3. DeepSpeed's stages 1 and 2 all-reduce
+    gradients, and gather weights after the update; from stage 2 on it sends gradients after every pass, and stage 3
+    gathers weights for every pass, once more for the backward pass where not all of them may stay.
+
+    Args:
+        shape: The model.
+        trained: Parameters that are trained.
+        setup: How.
+        gradient_bytes: Of a gradient on its way: distft sends fp32.
+    """
+    if setup.workers == 1:
+        return []
+    gradients, weights = gradient_bytes * trained, setup.bytes * trained
+    buckets = math.ceil(trained / BUCKET)
+    if setup.stage == 0:
+        return [Collective(2, gradients, 1, buckets)]
+    if setup.stage < 3:
+        return [Collective(2, gradients, setup.passes if setup.stage == 2 else 1, buckets), Collective(1, weights, 1)]
+    again = 2 if shape.parameters > LIVE else 1
+    gathered = Collective(1, setup.bytes * shape.parameters, again * setup.passes, shape.layers)
+    return [gathered, Collective(1, gradients, setup.passes, buckets)]
+
+
+def flops_per_token(shape: Shape, trained: int, attended_tokens: float) -> float:
+    """FLOPs of forward and backward pass for one token, as :func:`distft.model.flops_per_token` counts a model's.
+
+    ``6 N + 4 F + 12 L H Q T``: PaLM (arXiv 2204.02311), appendix B, with F frozen parameters; Chinchilla (arXiv
+    2203.15556), appendix F, counts the same but for the softmax.
+    """
+    attention = 12 * shape.layers * shape.heads * shape.head_size * attended_tokens
+    if trained == shape.parameters:
+        return 6.0 * shape.multiplied + attention
+    return 4.0 * shape.multiplied + 6.0 * trained + attention
+
+
+def recomputed_flops_per_token(shape: Shape, attended_tokens: float) -> float:
+    """FLOPs of the second forward pass that recomputing activations takes: of all layers, but not of the head."""
+    head = shape.outputs * shape.hidden
+    return 2.0 * (shape.multiplied - head) + 4 * shape.layers * shape.heads * shape.head_size * attended_tokens
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The parts of a step, in seconds.
+
+    Attributes:
+        compute: Forward and backward passes.
+        update: The optimizer.
+        sending: All exchanges.
+        waiting: The part of them that computing does not hide.
+        sent_bytes: What each rank sends.
+    """
+
+    compute: float
+    update: float
+    sending: float
+    waiting: float
+    sent_bytes: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.compute + self.update + self.waiting
+
+
+def step_time(shape: Shape, trained: int, setup: Setup, rates: Rates, gradient_bytes: int = 4) -> StepTime:
+    """How long a step takes.
+
+    Arithmetic is what the rank with most rows does. The update is bound by memory: AdamW reads four fp32 numbers of
+    each of its parameters, and writes three and the weight. On a GPU gradients are sent beside the backward pass (two
+    thirds of the arithmetic), and ZeRO-3's weights beside both passes; on a CPU nothing is.
+    """
+    flops = flops_per_token(shape, trained, setup.attended_tokens)
+    if setup.checkpointing:
+        flops += recomputed_flops_per_token(shape, setup.attended_tokens)
+    compute = setup.rank_tokens * flops / (rates.peak_flops * rates.efficiency)
+    share = trained if setup.stage == 0 else math.ceil(trained / setup.workers)
+    update = share * (28 + setup.bytes) / rates.memory_bandwidth
+    beta = rates.link if setup.nodes == 1 else min(rates.link, rates.network)
+    alpha = rates.latency[0 if setup.nodes == 1 else 1]
+    exchanges = collectives(shape, trained, setup, gradient_bytes)
+    sending = sum(each.seconds(setup.workers, alpha, beta) for each in exchanges)
+    hidden = 0.0 if setup.device_type == "cpu" or setup.stage == 0 else compute * (1 if setup.stage == 3 else 2 / 3)
+    sent = sum(each.sent(setup.workers) for each in exchanges)
+    return StepTime(compute, update, sending, max(0.0, sending - hidden), sent)

@@ -1,0 +1,275 @@
+"""The planner's formulas: ZeRO's, what they must do, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distft.config import Job
+from distft.errors import CapacityError, JobError
+from distft.model.shape import Shape, llama_tensors, of_config
+from distft.plan import calibration
+from distft.plan.calibration import Correction, Observation
+from distft.plan.choices import choose
+from distft.plan.devices import DEVICES, known, named
+from distft.plan.estimate import Workload, first_setup, whole_plan
+from distft.plan.fit import Room, Subject
+from distft.plan.hardware import Hardware
+from distft.plan.memory import Memory, memory
+from distft.plan.setup import Setup
+from distft.plan.speed import Collective, Rates, collectives, step_time
+
+
+def llama(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> Shape:
+    sizes = {
+        "layers": layers,
+        "hidden": hidden,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "intermediate": intermediate,
+        "vocabulary": vocabulary,
+    }
+    tensors = llama_tensors(**sizes)
+    config = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "vocab_size": vocabulary,
+    }
+    return of_config(config, tensors, 0, "here")
+
+
+LLAMA_8B = llama(32, 4096, 32, 8, 14336, 128256)
+SETUP = Setup("cuda", "bf16", 0, "none", False, 8, 1, 64, 2, 4096, 4096, False)
+
+
+def need(**changes: object) -> Memory:
+    return memory(LLAMA_8B, LLAMA_8B.parameters, replace(SETUP, **changes))  # type: ignore[arg-type]
+
+
+def model_states(found: Memory) -> int:
+    parts = found.moments["update"]
+    return sum(parts[name] for name in ("weights", "fp32 weights", "moments", "gradients") if name in parts)
+
+
+def test_a_known_model_has_its_parameters() -> None:
+    assert LLAMA_8B.parameters == 8_030_261_248  # meta-llama/Llama-3.1-8B, the sum of its safetensors
+
+
+@pytest.mark.parametrize(
+    ("stage", "bytes_each"), [(0, 16.0), (1, 2 + 4 + 12 / 8), (2, 2 + 4 / 8 + 12 / 8), (3, (2 + 4 + 12) / 8)]
+)
+def test_model_states_follow_zero(stage: int, bytes_each: float) -> None:
+    """ZeRO's 2 + 2 + 12 bytes, split as in its figure 1; DeepSpeed sums gradients in fp32 from stage 1 on."""
+    assert model_states(need(stage=stage)) / LLAMA_8B.parameters == pytest.approx(bytes_each, rel=1e-6)
+
+
+def test_activations_grow_with_tokens_and_shrink_by_recomputing() -> None:
+    plain = need().moments["forward pass"]["activations"]
+    assert need(micro_batch_size=4).moments["forward pass"]["activations"] == 2 * plain
+    assert need(checkpointing=True).moments["forward pass"]["activations"] < plain / 10
+
+
+def test_a_head_that_is_more_than_a_product_keeps_all_logits() -> None:
+    capped = memory(replace(LLAMA_8B, plain_head=False), LLAMA_8B.parameters, SETUP)
+    logits = 2 * 4096 * 128256 * 2
+    assert capped.moments["forward pass"]["loss"] > 4 * logits > need().moments["forward pass"]["loss"]
+
+
+def test_offloading_moves_the_optimizer_to_the_host() -> None:
+    kept, moved = need(stage=2), need(stage=2, offload="cpu")
+    assert moved.device_bytes < kept.device_bytes
+    assert moved.host_bytes - kept.host_bytes >= 12 * LLAMA_8B.parameters // 8
+
+
+@given(stage=st.integers(0, 3), workers=st.integers(1, 64), again=st.booleans(), micro=st.integers(1, 4))
+def test_more_workers_and_recomputing_never_take_more(stage: int, workers: int, again: bool, micro: int) -> None:
+    setting = {"stage": stage, "micro_batch_size": micro, "batch_size": 1024}
+    one = need(workers=workers, checkpointing=again, **setting)
+    assert need(workers=workers + 1, checkpointing=again, **setting).device_bytes <= one.device_bytes
+    assert need(workers=workers, checkpointing=True, **setting).device_bytes <= one.device_bytes
+    assert one.checkpoint_bytes == 12 * LLAMA_8B.parameters
+    assert all(size >= 0 for parts in one.moments.values() for size in parts.values())
+
+
+def test_a_ring_takes_what_alpha_and_beta_say() -> None:
+    reduced = Collective(2, 8_000, 1)
+    assert reduced.sent(4) == 2 * 3 / 4 * 8_000
+    assert reduced.seconds(4, alpha=1e-3, beta=1e6) == pytest.approx(2 * 3 * (1e-3 + 2_000 / 1e6))
+
+
+def test_stages_send_what_zero_says() -> None:
+    """2 Psi up to stage 2 and 3 Psi at stage 3 (ZeRO, section 7), in fp32 gradients and bf16 weights."""
+    elements = LLAMA_8B.parameters
+    sent = [
+        sum(one.rounds * one.bytes * one.times for one in collectives(LLAMA_8B, elements, replace(SETUP, stage=stage)))
+        for stage in range(4)
+    ]
+    passes = SETUP.passes
+    assert sent[0] == 2 * 4 * elements
+    assert sent[1] == (2 * 4 + 2) * elements
+    assert sent[2] == (2 * 4 * passes + 2) * elements
+    assert sent[3] == passes * (2 * 2 + 4) * elements
+
+
+def test_arithmetic_bounds_a_step() -> None:
+    rates = Rates.of(named("H100"))
+    one = step_time(LLAMA_8B, LLAMA_8B.parameters, SETUP, rates)
+    again = step_time(LLAMA_8B, LLAMA_8B.parameters, replace(SETUP, checkpointing=True), rates)
+    assert 1.2 < again.compute / one.compute < 4 / 3
+    far = step_time(LLAMA_8B, LLAMA_8B.parameters, replace(SETUP, nodes=8), rates)
+    assert far.sending > one.sending
+    assert one.seconds >= one.compute
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA B200", "B200"),
+        ("AMD Instinct MI300X OAM", "MI300X"),
+        ("AMD-Instinct-MI300X-OAM", "MI300X"),
+        ("Tesla K80", None),
+    ],
+)
+def test_devices_are_known_by_what_drivers_call_them(said: str, name: str | None) -> None:
+    found = known(said)
+    assert (found and found.name) == name
+
+
+def test_each_device_is_known_by_its_own_name_and_has_a_source() -> None:
+    for device in DEVICES:
+        assert named(device.name) is device
+        assert device.source
+    with pytest.raises(JobError, match="H100"):
+        named("Abacus")
+
+
+def job(tmp_path: Path, **sections: object) -> Job:
+    (tmp_path / "rows.txt").write_text("text")
+    values = {
+        "model": {"source": "model"},
+        "task": {"kind": "language_modeling"},
+        "data": {"source": "rows.txt", "max_tokens": 4096, "overlong": "split"},
+        "train": {"batch_size": 32},
+    }
+    return Job.from_values({**values, **sections}, tmp_path)
+
+
+def test_what_fits_is_decided_as_before(tmp_path: Path) -> None:
+    roomy = replace(Hardware.of(named("B200")), memory_bytes=10**13)
+    before = choose(job(tmp_path), 8, Hardware("cuda", "B200", True))
+    assert choose(job(tmp_path), 8, roomy, shape=LLAMA_8B, workers_per_node=8) == before
+
+
+def test_what_is_left_open_is_decided_by_memory_with_the_reason(tmp_path: Path) -> None:
+    h100 = Hardware.of(named("H100"))
+    decided = choose(job(tmp_path), 8, h100, shape=LLAMA_8B, workers_per_node=8)
+    assert decided == choose(job(tmp_path), 8, h100, shape=LLAMA_8B, workers_per_node=8)
+    assert decided.batch.micro_batch_size < 4
+    assert "of 80.0 GB a worker" in decided.batch.reason
+    small = choose(job(tmp_path), 8, Hardware.of(named("L40S")), shape=LLAMA_8B, workers_per_node=8)
+    assert (small.stage.value, small.batch.micro_batch_size) == (3, 1) or small.activation_checkpointing.value
+    room = Room.of(Hardware.of(named("L40S")), 8)
+    setup = first_setup(job(tmp_path), Hardware.of(named("L40S")), small, 1)
+    assert room is not None
+    assert room.holds(memory(LLAMA_8B, LLAMA_8B.parameters, setup))
+
+
+def test_what_the_job_says_is_not_changed_but_refused(tmp_path: Path) -> None:
+    fixed = job(tmp_path, zero={"stage": 2}, train={"micro_batch_size": 4, "activation_checkpointing": False})
+    with pytest.raises(CapacityError) as refused:
+        choose(fixed, 8, Hardware.of(named("A10G")), shape=LLAMA_8B, workers_per_node=8)
+    assert refused.value.exit_status == 4
+    assert "24.0 GB" in refused.value.what
+    assert "model.adapter" in str(refused.value.fix)
+
+
+def test_advice_is_followed_and_helps(tmp_path: Path) -> None:
+    lora = {"source": "model", "adapter": {"kind": "lora"}}
+    again = {"batch_size": 32, "activation_checkpointing": True}
+    found = choose(
+        job(tmp_path, model=lora, train=again), 8, Hardware.of(named("A10G")), shape=LLAMA_8B, workers_per_node=8
+    )
+    assert found.batch.micro_batch_size >= 1
+
+
+def test_a_cpus_memory_is_shared_by_its_workers(tmp_path: Path) -> None:
+    machine = Hardware("cpu", "CPU", True, memory_bytes=100 * 10**9)
+    alone, shared = Room.of(machine, 1), Room.of(machine, 4)
+    assert alone is not None
+    assert shared is not None
+    assert alone.total_bytes == 4 * shared.total_bytes
+    with pytest.raises(CapacityError, match=r"25\.0 GB"):
+        choose(job(tmp_path), 4, machine, shape=LLAMA_8B, workers_per_node=4)
+
+
+def test_the_whole_plan_marks_what_is_chosen_and_what_does_not_fit(tmp_path: Path) -> None:
+    h100 = Hardware.of(named("H100"))
+    choices = choose(job(tmp_path), 8, h100, shape=LLAMA_8B, workers_per_node=8)
+    made = whole_plan(
+        job(tmp_path),
+        Subject.of(job(tmp_path), LLAMA_8B),
+        first_setup(job(tmp_path), h100, choices, 1),
+        Rates.of(named("H100")),
+        Room.of(h100, 8),
+        correction=Correction(),
+        workload=Workload.of(job(tmp_path), 3200, 3200 * 4096),
+        price=2.0,
+    )
+    assert [one.setup.stage for one in made if one.chosen] == [choices.stage.value]
+    stage_0 = made[0]
+    assert not stage_0.fits
+    chosen = next(one for one in made if one.chosen)
+    assert chosen.hours is not None
+    assert chosen.hours == pytest.approx(100 * chosen.step_seconds / 3600)
+    assert chosen.money == pytest.approx(chosen.hours * 2.0 * 8)
+    json.dumps([one.as_json() for one in made], allow_nan=False)
+
+
+def test_work_is_known_from_prepared_data_or_from_the_job(tmp_path: Path) -> None:
+    prepared = Workload.of(job(tmp_path), 100, 100 * 4096 // 2)
+    assert (prepared.steps, prepared.fill) == (4, 0.5)
+    assert Workload.of(job(tmp_path), None, None).steps is None
+    assert Workload.of(job(tmp_path, train={"steps": 7, "batch_size": 2}), None, None).tokens == 7 * 2 * 4096
+
+
+def test_runs_correct_the_next_prediction(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    for measured in (1.1e9, 1.2e9, 9e9):
+        calibration.remember(path, "CPU, bf16", Observation(1e9, measured, 2.0, 3.0))
+    learnt = calibration.correction(calibration.read(path, "CPU, bf16"))
+    assert learnt == Correction(1.2, 1.5, 3)
+    assert learnt.bytes(2.5e9, process=0.5e9) == pytest.approx(0.5e9 + 1.2 * 2e9)
+    assert calibration.read(path, "another, bf16") == []
+    path.write_text("[not json")
+    assert calibration.read(path, "CPU, bf16") == []
+    calibration.remember(path, "CPU, bf16", Observation(1e9, 1e9, 2.0, 3.0))
+    assert len(calibration.read(path, "CPU, bf16")) == 1
+
+
+def test_few_bytes_teach_nothing_of_many() -> None:
+    assert calibration.correction([Observation(1e6, 9e6, 1.0, 2.0)]) == Correction(1.0, 2.0, 1)
+
+
+def test_only_the_newest_runs_are_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    for number in range(calibration.KEPT + 5):
+        calibration.remember(path, "CPU", Observation(1.0, 1.0, 1.0, float(number)))
+    kept = calibration.read(path, "CPU")
+    assert [one.measured_seconds for one in kept] == [float(n) for n in range(5, calibration.KEPT + 5)]

@@ -209,7 +209,7 @@ def _advice(job: Job, subject: Subject, least: Setup, room: Room) -> str:
     for said, changes in mild:
         together, names = replace(together, **changes), [*names, said]
         if not found and fits(together):
-            found.append(" with ".join(names))
+            found.append(", ".join(names) + " (together)")
     found += _more_workers(subject, replace(together, offload=least.offload), room)
     if job.model.adapter is None:
         adapted = subject.shape.trained(AdapterSection(kind="lora"))

@@ -182,6 +182,8 @@ def _update_bytes(trained: int, setup: Setup) -> int:
     """Gradients as the optimizer takes them, where that is another copy: fp32 ones of bf16, and flat ones."""
     if setup.stage == 0:
         return 4 * trained if setup.bytes == 2 else 0
+    if setup.offload == "cpu" and setup.device_type != "cpu":
+        return 0  # it is the host that steps
     share = 4 * _share(trained, setup)
     return share if setup.stage == 3 or (setup.bytes == 4 and setup.stage == 2) else 0
 

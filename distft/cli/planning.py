@@ -179,41 +179,41 @@ def _heading(facts: dict[str, Any], workload: Workload, hardware: Hardware) -> I
     shared = " together" if hardware.device_type == "cpu" and machines == 1 else ""
     yield f"{count} worker{'' if count == 1 else 's'}{where}, {hardware.name}{size}{shared}"
     steps = "steps" if workload.steps is None else f"{workload.steps:,} steps, {workload.tokens:,} tokens"
-    yield f"{steps} ({workload.source})\n"
+    yield f"{steps} ({workload.source})"
+    yield "\nA worker's memory at its peak, by part, in GB; rows: of one pass"
 
 
 def _table(made: Sequence[Estimate]) -> Table:
-    """A line for each stage and offload, memory by part at its peak, in GB."""
+    """A line for each stage and offload, memory by part at its peak, in GB (10**9 bytes)."""
     from rich import box
     from rich.table import Table
 
     from distft.cli.view import duration
-    from distft.config.values import amount
 
-    on_cpu = made[0].setup.device_type == "cpu"
+    on_cpu, priced = made[0].setup.device_type == "cpu", made[0].price is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("ZeRO")
-    heads = [] if on_cpu else ["offload"]
-    heads += ["rows", *COLUMNS, "memory", *([] if on_cpu else ["host"]), "tokens/s", "time"]
-    heads += ["cost"] if made[0].price is not None else []
-    for head in heads:
-        table.add_column(head, justify="right")
-    table.add_column("")
+    table.add_column("ZeRO", no_wrap=True)
+    heads = [*([] if on_cpu else ["offload"]), "rows", *COLUMNS, "memory", *([] if on_cpu else ["host"])]
+    for head in (*heads, "tokens/s", "time", *(["cost"] if priced else [])):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for one in made:
-        parts = grouped(one)
-        cells = [] if on_cpu else [one.setup.offload if one.setup.offload != "none" else ""]
-        again = "*" if one.setup.checkpointing else ""
-        cells += [
-            f"{one.setup.micro_batch_size}{again}",
-            *(amount(parts[name]) if parts[name] else "" for name in COLUMNS),
-        ]
-        cells += [amount(one.device_bytes), *([] if on_cpu else [amount(one.way.memory.host_bytes)])]
+        setup, parts = one.setup, grouped(one)
+        cells = [] if on_cpu else [setup.offload if setup.offload != "none" else ""]
+        cells += [f"{setup.micro_batch_size}{'*' if setup.checkpointing else ''}"]
+        cells += [_gigabytes(parts[name]) for name in COLUMNS] + [_gigabytes(one.device_bytes)]
+        cells += [] if on_cpu else [_gigabytes(one.way.memory.host_bytes)]
         cells += [f"{one.tokens_per_second:,.0f}", "?" if one.hours is None else duration(one.hours * 3600)]
-        cells += [] if one.price is None else ["?" if one.money is None else f"{one.money:,.2f}"]
+        cells += ["?" if one.money is None else f"{one.money:,.2f}"] if priced else []
         mark = "[green]chosen[/]" if one.chosen else ("" if one.fits else "[red]does not fit[/]")
         style = "bold" if one.chosen else ("" if one.fits else "dim")
-        table.add_row(f"{one.setup.stage}{' ★' if one.chosen else ''}", *cells, mark, style=style)
+        table.add_row(f"{setup.stage}{' ★' if one.chosen else ''}", *cells, mark, style=style)
     return table
+
+
+def _gigabytes(size: float) -> str:
+    """Nothing where there is nothing."""
+    return f"{size / 1e9:,.2f}" if 0 < size < 1e10 else f"{size / 1e9:,.1f}" if size else ""
 
 
 def grouped(one: Estimate) -> dict[str, float]:
@@ -232,11 +232,8 @@ def _details(chosen: Estimate, decisions: dict[str, dict[str, Any]], runs: int) 
     for key, decided in decisions.items():
         yield f"{key}: {decided['value']} ({decided['reason']})"
     memory = chosen.way.memory
-    yield (
-        f"\nMemory peaks in the {memory.peak} of a step; rows: of one forward pass"
-        if memory.peak != "loading"
-        else "\nMemory peaks while the model is loaded; rows: of one forward pass"
-    )
+    yield ""
+    yield f"Memory peaks in the {memory.peak}" if memory.peak != "loading" else "Memory peaks while the model is loaded"
     if chosen.setup.checkpointing:
         yield "* activations are computed again in the backward pass"
     sent = f", {amount(chosen.time.sent_bytes)} sent by each worker" if chosen.setup.workers > 1 else ""

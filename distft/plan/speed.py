@@ -17,7 +17,7 @@ from distft.plan.setup import Setup
 #: The share of its peak that a device reaches in a training step. GPU: the one figure with which the published tables
 #: in ``benchmarks/published.py`` come out best; CPU: 35 to 45 % of the measured matrix product was seen for a bare
 #: DeepSpeed loop. Calibration corrects both.
-EFFICIENCY = {"cuda": 0.40, "cpu": 0.40}
+EFFICIENCY = {"cuda": 0.39, "cpu": 0.40}
 
 #: By how much matrix products in fp32 are slower than in bf16, in torch's default precision: 312 to 19.5 TFLOP/s of an
 #: A100, 989 to 67 of an H100.

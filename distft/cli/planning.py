@@ -191,23 +191,22 @@ def _table(made: Sequence[Estimate]) -> Table:
     from distft.cli.view import duration
 
     on_cpu, priced = made[0].setup.device_type == "cpu", made[0].price is not None
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("ZeRO", no_wrap=True)
-    heads = [*([] if on_cpu else ["offload"]), "rows", *COLUMNS, "memory", *([] if on_cpu else ["host"])]
+    heads = ["rows", *COLUMNS, "memory", *([] if on_cpu else ["host"])]
     for head in (*heads, "tokens/s", "time", *(["cost"] if priced else [])):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for one in made:
         setup, parts = one.setup, grouped(one)
-        cells = [] if on_cpu else [setup.offload if setup.offload != "none" else ""]
-        cells += [f"{setup.micro_batch_size}{'*' if setup.checkpointing else ''}"]
+        cells = [f"{setup.micro_batch_size}{'*' if setup.checkpointing else ''}"]
         cells += [_gigabytes(parts[name]) for name in COLUMNS] + [_gigabytes(one.device_bytes)]
         cells += [] if on_cpu else [_gigabytes(one.way.memory.host_bytes)]
         cells += [f"{one.tokens_per_second:,.0f}", "?" if one.hours is None else duration(one.hours * 3600)]
         cells += ["?" if one.money is None else f"{one.money:,.2f}"] if priced else []
-        mark = "[green]chosen[/]" if one.chosen else ("" if one.fits else "[red]does not fit[/]")
+        mark = "[green]★ chosen[/]" if one.chosen else ("" if one.fits else "[red]no room[/]")
         style = "bold" if one.chosen else ("" if one.fits else "dim")
-        table.add_row(f"{setup.stage}{' ★' if one.chosen else ''}", *cells, mark, style=style)
+        table.add_row(f"{setup.stage}{' offload' if setup.offload != 'none' else ''}", *cells, mark, style=style)
     return table
 
 

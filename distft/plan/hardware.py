@@ -109,6 +109,10 @@ def _first_gpu() -> tuple[str, int] | None:
         return None
 
 
+#: Products that a rate is the best of, at least: on a busy machine one alone may be ten times too slow.
+LEAST_TRIES = 5
+
+
 @dataclass(frozen=True)
 class Peak:
     """The floating point operations a second that a device can reach at best.
@@ -133,14 +137,16 @@ def peak_flops(hardware: Hardware, dtype: torch.dtype) -> Peak:
 
 
 def _measured_flops(device_type: str, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """The best rate of a square matrix product within a short time."""
+    """The best rate of a square matrix product within a short time, after a first one, which makes kernels."""
     import torch
 
     size = 4096 if device_type == "cuda" else 512
     matrix = torch.ones(size, size, dtype=dtype, device=device_type)
-    best = 0.0
+    torch.mm(matrix, matrix)
+    best, tries = 0.0, 0
     end = time.perf_counter() + seconds
-    while best == 0.0 or time.perf_counter() < end:
+    while tries < LEAST_TRIES or time.perf_counter() < end:
+        tries += 1
         start = time.perf_counter()
         torch.mm(matrix, matrix)
         if device_type == "cuda":

@@ -1,0 +1,174 @@
+"""The planner's error: short real trainings beside what was predicted of them.
+
+``python -m benchmarks.planner`` trains SmolLM2-135M, and a small model of its kind, for a few steps in each
+configuration, under torchrun on this machine, and reads each run's ``plan.json``. The error is told twice: as
+predicted from formulas and data sheets alone, and as predicted after the other configurations were run (each is left out
+of its own correction).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import provenance
+from distft.config import Job
+from distft.model import materialise
+from distft.model.shrink import shrink
+from distft.plan.calibration import Correction, Observation, correction
+
+ROOT = Path(__file__).parents[1]
+JOB = ROOT / "launch" / "quickstart.yaml"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is varied.
+
+    Attributes:
+        model: ``SmolLM2-135M`` or ``small``.
+        stage: ZeRO's.
+        workers: Ranks.
+        micro_batch: Rows of a pass.
+        checkpointing: Whether activations are computed again.
+        tokens: Of a row.
+    """
+
+    model: str
+    stage: int
+    workers: int
+    micro_batch: int
+    checkpointing: bool
+    tokens: int = 256
+
+    @property
+    def name(self) -> str:
+        """Of its run."""
+        again = "-again" if self.checkpointing else ""
+        return f"{self.model}-zero{self.stage}-w{self.workers}-b{self.micro_batch}-t{self.tokens}{again}"
+
+
+REAL = "SmolLM2-135M"
+CONFIGURATIONS = (
+    Configuration(REAL, 0, 1, 1, False),
+    Configuration(REAL, 0, 1, 4, False),
+    Configuration(REAL, 0, 1, 4, True),
+    Configuration(REAL, 0, 2, 2, False),
+    Configuration(REAL, 1, 2, 1, False),
+    Configuration(REAL, 1, 2, 2, False),
+    Configuration(REAL, 2, 2, 1, False),
+    Configuration(REAL, 2, 2, 2, False),
+    Configuration(REAL, 2, 2, 2, True),
+    Configuration(REAL, 2, 2, 1, False, 512),
+    Configuration(REAL, 3, 2, 1, False),
+    Configuration(REAL, 3, 2, 2, False),
+    Configuration(REAL, 3, 2, 2, True),
+    Configuration(REAL, 2, 1, 2, False),
+    Configuration("small", 0, 1, 4, False),
+    Configuration("small", 2, 2, 4, False),
+    Configuration("small", 3, 2, 4, True),
+)
+
+
+def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dict[str, Any]:
+    """Trains for a few steps; the run's ``plan.json``."""
+    settings = [
+        f"zero.stage={one.stage}",
+        f"cluster.workers={one.workers}",
+        f"train.micro_batch_size={one.micro_batch}",
+        f"train.activation_checkpointing={str(one.checkpointing).lower()}",
+        f"train.steps={steps}",
+        "train.batch_size=4",
+        f"data.max_tokens={one.tokens}",
+        "data.splits={validation: 0.0, test: 0.0}",
+        "checkpoint.every=1.0",
+        "track.tensorboard=false",
+        *([] if model is None else [f"model.source={model}", "model.sha256=null"]),
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(one.workers)]
+    command += ["-m", "distft.train", str(JOB), "--name", one.name, "--runs", str(runs)]
+    for setting in settings:
+        command += ["--set", setting]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{one.name}: exit {done.returncode}\n{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads((runs / one.name / "plan.json").read_text())
+    return found
+
+
+def observation(plan: dict[str, Any]) -> Observation:
+    """What a run teaches: predictions without correction, beside the measurements."""
+    predicted, measured = plan["predicted"], plan["measured"]
+    parts = predicted["memory"][predicted["peak_moment"]]
+    process, seconds = parts["process"], predicted["seconds"]
+    return Observation(
+        sum(parts.values()) - process,
+        measured["peak_memory_bytes"] - process,
+        seconds["compute"] + seconds["update"] + seconds["waiting"],
+        measured["step_seconds"],
+    )
+
+
+def errors(seen: Sequence[Observation], plans: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Of each run, of memory and of seconds: as predicted, and corrected by the others; predicted / measured - 1."""
+    told = []
+    for place, (one, plan) in enumerate(zip(seen, plans, strict=True)):
+        learnt = correction([other for number, other in enumerate(seen) if number != place])
+        process = plan["predicted"]["memory"][plan["predicted"]["peak_moment"]]["process"]
+        whole = process + one.measured_bytes
+
+        def memory(by: Correction, one: Observation = one, process: float = process, whole: float = whole) -> float:
+            return by.bytes(process + one.predicted_bytes, process) / whole - 1
+
+        told.append(
+            {
+                "memory": memory(Correction()),
+                "memory_corrected": memory(learnt),
+                "seconds": one.predicted_seconds / one.measured_seconds - 1,
+                "seconds_corrected": one.predicted_seconds * learnt.seconds / one.measured_seconds - 1,
+            }
+        )
+    return told
+
+
+def main() -> None:
+    """Runs every configuration and writes the errors."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=4, help="of a run; the first is not timed")
+    parser.add_argument("--only", nargs="*", help="names of configurations; all by default")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "baselines" / "planner.json")
+    arguments = parser.parse_args()
+    chosen = [one for one in CONFIGURATIONS if not arguments.only or one.name in arguments.only]
+    plans = []
+    with tempfile.TemporaryDirectory() as temporary:
+        job = Job.load(JOB, [])
+        small = shrink(materialise(job.model, job.folder), Path(temporary) / "small", 1)
+        for one in chosen:
+            plans.append(train(one, None if one.model == REAL else small, arguments.steps, Path(temporary) / "runs"))
+            print(one.name, json.dumps(plans[-1]["error"]), flush=True)
+    seen = [observation(plan) for plan in plans]
+    found = errors(seen, plans)
+    worst = {name: max((abs(one[name]) for one in found), default=0.0) for name in found[0]}
+    results = [
+        {**asdict(one), "observation": asdict(what), "error": error, "moment": plan["predicted"]["peak_moment"]}
+        for one, what, error, plan in zip(chosen, seen, found, plans, strict=True)
+    ]
+    document = {"provenance": provenance(), "worst": worst, "results": results}
+    arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    for one, error in zip(chosen, found, strict=True):
+        figures = "  ".join(f"{name} {value:+.1%}" for name, value in error.items())
+        print(f"{one.name:36s} {figures}")
+    print("worst", json.dumps({name: round(value, 3) for name, value in worst.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.planner`` trains SmolLM2-135M, and a small model of its kind, for a few steps in each
 configuration, under torchrun on this machine, and reads each run's ``plan.json``. The error is told twice: as
-predicted from formulas and data sheets alone, and as predicted after the other configurations were run (each is left out
-of its own correction).
+predicted from formulas and data sheets alone, and as predicted after the other configurations were run (each is left
+out of its own correction).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.provenance import provenance
 from distft.config import Job
@@ -76,6 +78,18 @@ CONFIGURATIONS = (
     Configuration("small", 2, 2, 4, False),
     Configuration("small", 3, 2, 4, True),
 )
+
+
+def make_small(to: Path) -> Path:
+    """A model of SmolLM2's kind with 19 M parameters and its tokenizer; wide enough for arithmetic to count."""
+    job = Job.load(JOB, [])
+    folder = materialise(job.model, job.folder)
+    shrink(folder, to, 1)
+    config = AutoConfig.from_pretrained(folder)
+    config.update({"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4})
+    config.update({"num_key_value_heads": 2, "head_dim": 64})
+    AutoModelForCausalLM.from_config(config).save_pretrained(to)
+    return to
 
 
 def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dict[str, Any]:
@@ -150,8 +164,7 @@ def main() -> None:
     chosen = [one for one in CONFIGURATIONS if not arguments.only or one.name in arguments.only]
     plans = []
     with tempfile.TemporaryDirectory() as temporary:
-        job = Job.load(JOB, [])
-        small = shrink(materialise(job.model, job.folder), Path(temporary) / "small", 1)
+        small = make_small(Path(temporary) / "small")
         for one in chosen:
             plans.append(train(one, None if one.model == REAL else small, arguments.steps, Path(temporary) / "runs"))
             print(one.name, json.dumps(plans[-1]["error"]), flush=True)

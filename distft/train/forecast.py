@@ -37,10 +37,12 @@ class Forecast:
 
     Attributes:
         estimate: Memory, and seconds of a step.
+        subject: What is trained.
         key: What its runs are remembered under.
     """
 
     estimate: Estimate
+    subject: Subject
     key: str
 
 
@@ -79,7 +81,7 @@ def forecast(
     device = known(hardware.name) if hardware.device_type == "cuda" else None
     rates = Rates.of_cpu(peak_flops) if device is None else Rates.of(device, choices.dtype.value)
     way = Way(setup, memory(subject.shape, subject.trained, setup, process_bytes + IMPORTED_LATER))
-    return Forecast(estimate(subject, way, rates, None, learnt, Workload.of(job, None, None)), key)
+    return Forecast(estimate(subject, way, rates, None, learnt, Workload.of(job, None, None)), subject, key)
 
 
 def settle(run: Run, made: Forecast, path: Path | None = None) -> None:
@@ -101,7 +103,7 @@ def settle(run: Run, made: Forecast, path: Path | None = None) -> None:
     if len(told) < LEAST_STEPS:
         return
     measured = measure(told)
-    write_json(run.plan, comparison(made.estimate, measured))
+    write_json(run.plan, comparison(made, measured))
     seconds = made.estimate.time.seconds, measured["step_seconds"]
     need = made.estimate.way.memory
     process = need.parts.get("process", 0)
@@ -124,15 +126,17 @@ def measure(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def comparison(made: Estimate, measured: Mapping[str, float]) -> dict[str, Any]:
+def comparison(made: Forecast, measured: Mapping[str, float]) -> dict[str, Any]:
     """``plan.json``: predicted, measured, and the error of each figure, predicted over measured less one."""
+    expected = made.estimate
     figures = {
-        "peak_memory_bytes": made.device_bytes,
-        "step_seconds": made.step_seconds,
-        "tokens_per_second": made.tokens_per_second,
+        "peak_memory_bytes": expected.device_bytes,
+        "step_seconds": expected.step_seconds,
+        "tokens_per_second": expected.tokens_per_second,
     }
+    model = {"parameters": made.subject.shape.parameters, "trained": made.subject.trained}
     return {
-        "predicted": {**figures, "corrected_by_runs": made.correction.runs, **made.as_json()},
+        "predicted": {**figures, "corrected_by_runs": expected.correction.runs, **model, **expected.as_json()},
         "measured": dict(measured),
         "error": {name: figure / measured[name] - 1 for name, figure in figures.items() if measured[name]},
     }

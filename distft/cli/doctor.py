@@ -25,6 +25,7 @@ def doctor(
 ) -> None:
     """Try what this machine and its cluster can do; each thing that is wrong comes with its fix."""
     try:
+        import distft.engine  # noqa: F401 - torch, whose libraries are what most often lack
         from distft.orchestrate.doctor import examine
         from distft.orchestrate.listener import SILENT
     except (ImportError, OSError, RuntimeError) as error:  # torch's own libraries; a torchvision of another build

@@ -19,7 +19,8 @@ from distft.world import cache_folder
 #: Runs that are remembered of a kind of device: the newest.
 KEPT = 20
 
-#: A model whose predicted bytes are fewer teaches nothing of larger ones.
+#: A run of a model that takes fewer bytes is not remembered: its memory is its process, its time that of starting
+#: operations, and neither tells anything of models that are worth planning for.
 LEAST_BYTES = 200_000_000
 
 
@@ -63,9 +64,9 @@ def correction(seen: Sequence[Observation]) -> Correction:
     """The medians of measured over predicted, which single odd runs do not move."""
     if not seen:
         return Correction()
-    memory = [one.measured_bytes / one.predicted_bytes for one in seen if one.predicted_bytes >= LEAST_BYTES]
-    seconds = [one.measured_seconds / one.predicted_seconds for one in seen]
-    return Correction(statistics.median(memory) if memory else 1.0, statistics.median(seconds), len(seen))
+    memory = statistics.median(one.measured_bytes / one.predicted_bytes for one in seen)
+    seconds = statistics.median(one.measured_seconds / one.predicted_seconds for one in seen)
+    return Correction(memory, seconds, len(seen))
 
 
 def key_of(hardware: Hardware, dtype: str) -> str:
@@ -87,7 +88,9 @@ def read(path: Path, key: str) -> list[Observation]:
 
 
 def remember(path: Path, key: str, observation: Observation) -> None:
-    """Adds a run."""
+    """Adds a run, unless its model is too small to teach anything."""
+    if observation.predicted_bytes < LEAST_BYTES:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         kept = [*read(path, key), observation][-KEPT:]

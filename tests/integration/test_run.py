@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from distft.model.shape import llama_tensors
 from distft.runs import read_json, read_lines, training_curve
 from tests.integration.conftest import Home
 from tests.support import free_port
@@ -249,3 +250,31 @@ def test_json_output_is_one_document(home: Home, finished: Path) -> None:
     assert json.loads(output)["settings"]["train"]["steps"] == 300
     output, _ = home.distft("prepare", "tiny.yaml", "--json")
     assert json.loads(output)["fingerprint"]
+
+
+def test_what_cannot_fit_is_refused_before_workers_start(home: Home) -> None:
+    """A model of 200 B parameters, of which there are headers alone: nothing of it could be loaded."""
+    huge = home.folder / "huge"
+    huge.mkdir()
+    sizes = {"layers": 256, "hidden": 8192, "heads": 64, "kv_heads": 8, "intermediate": 28672, "vocabulary": 128256}
+    header = {name: {"dtype": "BF16", "shape": shape} for name, shape in llama_tensors(**sizes).items()}
+    (huge / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "num_hidden_layers": 256,
+                "hidden_size": 8192,
+                "num_attention_heads": 64,
+                "num_key_value_heads": 8,
+                "intermediate_size": 28672,
+                "vocab_size": 128256,
+            }
+        )
+    )
+    content = json.dumps(header).encode()
+    (huge / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+    (home.folder / "huge.yaml").write_text(JOB.replace("./model", "./huge"))
+    _, errors = home.distft("run", "huge.yaml", status=4)
+    assert "cannot fit" in errors
+    assert "what would fit" in errors
+    assert not (home.folder / "runs" / "huge").exists()

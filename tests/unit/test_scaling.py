@@ -63,7 +63,7 @@ def test_intervals_hold_the_median_and_widen_with_noise() -> None:
 
 
 def test_figures_of_runs(tmp_path: Path) -> None:
-    """A quarter of the rows takes 0.25 s of arithmetic: in a step of 0.3125 s a fifth is waiting, and 80 % efficient."""
+    """A quarter of the rows takes 0.25 s of arithmetic: in a step of 0.3125 s a fifth is waiting: 80 % efficient."""
     one, two = Point("strong", 2, 1, 4), Point("strong", 2, 4, 4)
     found = {
         one: [write_run(tmp_path / f"one-{n}", one, 1.0) for n in range(3)],

@@ -217,14 +217,18 @@ def _layer_bytes(shape: Shape, setup: Setup) -> int:
 def loss_bytes(shape: Shape, trained: int, setup: Setup) -> int:
     """What head and loss hold beside the activations.
 
-    Fused (:mod:`distft.model.cross_entropy`): a chunk's logits, their log-probabilities and gradient, the gradients of
-    hidden states, and of the head's weight in fp32 with the product that is added to it. Otherwise all logits, in the
-    type of the weights and twice in fp32.
+    Fused (:mod:`distft.model.cross_entropy`): a chunk's logits, their log-probabilities and gradient; gradients of the
+    hidden states; the head's gradient, in bf16 with the gradients by the logits of at most 2 D tokens, which are
+    collected for it, and in fp32 too where there are more. Otherwise all logits, in the type of the weights and twice in fp32.
     """
-    s, tokens = setup.bytes, setup.pass_tokens
+    s, tokens, outputs, hidden = setup.bytes, setup.pass_tokens, shape.outputs, shape.hidden
     if not shape.plain_head:
-        return tokens * shape.outputs * (2 * s + 8)
-    logits = min(LOGITS_CHUNK, 4 * tokens * shape.outputs)
-    chunk = logits + (logits * s // 4) * (2 if s == 2 else 1)
-    weight = (4 + s if s == 2 else 4) * shape.outputs * shape.hidden if trained == shape.parameters else 0
-    return chunk + weight + 2 * tokens * shape.hidden * s
+        return tokens * outputs * (2 * s + 8)
+    chunk_tokens = min(tokens, max(1, LOGITS_CHUNK // (4 * outputs)))
+    held = chunk_tokens * outputs * (4 + (2 * s if s == 2 else s)) + 2 * tokens * hidden * s
+    if trained < shape.parameters:
+        return held
+    if s == 4:
+        return held + 4 * outputs * hidden
+    collected = min(tokens, max(chunk_tokens, 2 * hidden))
+    return held + s * outputs * (collected + hidden) + (4 * outputs * hidden if tokens > collected else 0)

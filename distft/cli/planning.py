@@ -27,6 +27,7 @@ _COLUMN_OF = {
     "fp32 weights": "optimizer",
     "moments": "optimizer",
     "gradients": "grads",
+    "bucket": "grads",
     "gradients on their way": "grads",
     "gradients in fp32": "grads",
     "activations": "activ.",

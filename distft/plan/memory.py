@@ -146,11 +146,20 @@ def _state(shape: Shape, trained: int, setup: Setup) -> dict[str, int]:
     weights = _weight_bytes(shape, setup) + adapter * setup.bytes
     plain = setup.stage == 0 and setup.bytes == 4  # the optimizer steps the weights themselves
     share = _share(trained, setup)
+    bucket = (
+        {"bucket": setup.bytes * _bucket_elements(trained, setup)} if setup.stage == 3 else {}
+    )  # DeepSpeed keeps it
     return {
         "weights": math.ceil(weights / setup.workers) if setup.stage == 3 else weights,
         "fp32 weights": 0 if plain else 4 * share,
         "moments": 8 * share,
+        **bucket,
     }
+
+
+def _bucket_elements(trained: int, setup: Setup) -> int:
+    """Of a buffer for gradients: on a GPU it is allocated whole, a CPU's memory is only taken where it is written."""
+    return min(trained, BUCKET) if setup.device_type == "cpu" else BUCKET
 
 
 def _kept_gradients(trained: int, setup: Setup) -> int:
@@ -163,8 +172,8 @@ def _kept_gradients(trained: int, setup: Setup) -> int:
 def _sending_bytes(trained: int, setup: Setup) -> int:
     """Copies of gradients at the end of a backward pass: a bucket, its flat copy, and that in fp32 to be sent.
 
-    On a GPU a bucket is allocated as a whole, twice from stage 1 on, since the next one fills while one is sent; a
-    CPU's memory is only taken where it is written.
+    At stages 1 and 2 there are two buckets on a GPU, since the next one fills while one is sent; on a CPU there are the
+    bucket and its flat copy. ZeRO-3 keeps its bucket, which is counted with the state.
     """
     s, bucket = setup.bytes, min(trained, BUCKET)
     cast = 4 * bucket if s == 2 else 0
@@ -173,9 +182,7 @@ def _sending_bytes(trained: int, setup: Setup) -> int:
     if setup.stage == 1 and s == 2:
         return 2 * trained + 4 * bucket
     share = 4 * _share(trained, setup) if s == 4 and setup.stage < 3 else 0  # cut out of the bucket
-    if setup.device_type == "cpu":
-        return (2 if setup.stage < 3 else 1) * s * bucket + cast + share
-    return 2 * s * BUCKET + cast + share
+    return (2 * s * _bucket_elements(trained, setup) if setup.stage < 3 else 0) + cast + share
 
 
 def _update_bytes(trained: int, setup: Setup) -> int:
@@ -219,7 +226,8 @@ def loss_bytes(shape: Shape, trained: int, setup: Setup) -> int:
 
     Fused (:mod:`distft.model.cross_entropy`): a chunk's logits, their log-probabilities and gradient; gradients of the
     hidden states; the head's gradient, in bf16 with the gradients by the logits of at most 2 D tokens, which are
-    collected for it, and in fp32 too where there are more. Otherwise all logits, in the type of the weights and twice in fp32.
+    collected for it, and in fp32 too where there are more. Otherwise all logits, in the type of the weights and twice
+    in fp32.
     """
     s, tokens, outputs, hidden = setup.bytes, setup.pass_tokens, shape.outputs, shape.hidden
     if not shape.plain_head:

@@ -173,7 +173,8 @@ def _sending_bytes(trained: int, setup: Setup) -> int:
     """Copies of gradients at the end of a backward pass: a bucket, its flat copy, and that in fp32 to be sent.
 
     At stages 1 and 2 there are two buckets on a GPU, since the next one fills while one is sent; on a CPU there are the
-    bucket and its flat copy. ZeRO-3 keeps its bucket, which is counted with the state.
+    bucket and its flat copy. ZeRO-3 keeps its bucket, which is counted with the state, and sends a copy of it that is
+    ordered by rank.
     """
     s, bucket = setup.bytes, min(trained, BUCKET)
     cast = 4 * bucket if s == 2 else 0
@@ -181,8 +182,10 @@ def _sending_bytes(trained: int, setup: Setup) -> int:
         return s * bucket + cast
     if setup.stage == 1 and s == 2:
         return 2 * trained + 4 * bucket
-    share = 4 * _share(trained, setup) if s == 4 and setup.stage < 3 else 0  # cut out of the bucket
-    return (2 * s * _bucket_elements(trained, setup) if setup.stage < 3 else 0) + cast + share
+    share = 4 * _share(trained, setup) if s == 4 else 0  # cut out of the bucket
+    if setup.stage == 3:
+        return cast + 4 * bucket
+    return 2 * s * _bucket_elements(trained, setup) + cast + share
 
 
 def _update_bytes(trained: int, setup: Setup) -> int:

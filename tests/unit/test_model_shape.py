@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -121,3 +126,64 @@ def test_reading_sizes_needs_neither_torch_nor_transformers() -> None:
     code = "import sys, distft.model.shape, distft.plan.choices, distft.plan.estimate; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "ray", "deepspeed"} & set(eval(done.stdout))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's HTTP API that one public model needs; notes how many bytes of weights are asked for."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    sent: ClassVar[list[int]] = []
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/resolve/main/")[2]
+        if self.path.startswith("/api/models/owner/gpt"):
+            siblings = [{"rfilename": file} for file in self.files]
+            self.answer(json.dumps({"id": "owner/gpt", "sha": "0" * 40, "siblings": siblings}).encode())
+        elif name in self.files:
+            wanted = self.headers.get("Range", "").removeprefix("bytes=").split("-")
+            content = self.files[name]
+            part = content[int(wanted[0]) : int(wanted[1]) + 1] if len(wanted) == 2 else content
+            self.answer(part, {"ETag": f'"{name}"', "X-Repo-Commit": "0" * 40}, 206 if len(wanted) == 2 else 200)
+        else:
+            self.answer(b"{}", {"X-Error-Code": "EntryNotFound"}, 404)
+
+    do_HEAD = do_GET
+
+    def answer(self, content: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.sent.append(len(content))
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_of_a_model_on_the_hub_headers_are_enough(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    model.save_pretrained(tmp_path / "model")
+    padding = bytes(5_000_000)  # weights that nobody may ask for
+    Hub.files = {
+        "config.json": (tmp_path / "model" / "config.json").read_bytes(),
+        "model.safetensors": (tmp_path / "model" / "model.safetensors").read_bytes() + padding,
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "from pathlib import Path\nfrom distft.config.sections import ModelSection\n"
+        "from distft.model.shape import read_shape\n"
+        "print(read_shape(ModelSection(source='owner/gpt'), Path()).parameters)"
+    )
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True, timeout=60
+        )
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == sum(p.numel() for p in model.parameters())
+    assert sum(Hub.sent) < 1_000_000

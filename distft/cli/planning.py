@@ -179,8 +179,10 @@ def _heading(facts: dict[str, Any], workload: Workload, hardware: Hardware) -> I
     size = "" if hardware.memory_bytes is None else f" of {amount(hardware.memory_bytes)}"
     shared = " together" if hardware.device_type == "cpu" and machines == 1 else ""
     yield f"{count} worker{'' if count == 1 else 's'}{where}, {hardware.name}{size}{shared}"
-    steps = "steps" if workload.steps is None else f"{workload.steps:,} steps, {workload.tokens:,} tokens"
-    yield f"{steps} ({workload.source})"
+    if workload.steps is None:
+        yield f"steps and time are {workload.source}"
+    else:
+        yield f"{workload.steps:,} steps, {workload.tokens:,} tokens ({workload.source})"
     yield "\nA worker's memory at its peak, by part, in GB; rows: of one pass"
 
 

@@ -213,10 +213,11 @@ def _advice(job: Job, subject: Subject, least: Setup, room: Room) -> str:
     found += _more_workers(subject, replace(together, offload=least.offload), room)
     if job.model.adapter is None:
         adapted = subject.shape.trained(AdapterSection(kind="lora"))
+        saving = [said for said, changes in mild if changes.keys() <= {"micro_batch_size", "checkpointing"}]
         if fits(least, adapted):
             found.append("model.adapter: {kind: lora}")
-        elif fits(replace(least, micro_batch_size=1, checkpointing=True), adapted):
-            found.append("model.adapter: {kind: lora} with " + " and ".join(said for said, _ in mild[:2]))
+        elif saving and fits(replace(least, micro_batch_size=1, checkpointing=True), adapted):
+            found.append(f"model.adapter: {{kind: lora}} with {' and '.join(saving)}")
     half = least.row_tokens // 2
     if half >= LEAST_ROW and fits(replace(least, row_tokens=half, attended_tokens=half)):
         found.append(f"data.max_tokens: {half}")

@@ -31,8 +31,10 @@ import numpy as np
 
 from benchmarks.provenance import provenance
 from distft.config import Job
+from distft.config.sections import SourcesSection
 from distft.orchestrate.train.places import read_places
 from distft.runs import Run, read_json, training_curve
+from distft.world import runs_folder
 
 ROOT = Path(__file__).parents[1]
 RESAMPLES = 2000
@@ -99,13 +101,14 @@ class Measured:
 def run(point: Point, repeat: int, arguments: argparse.Namespace, runs: Path) -> Path:
     """Trains for the steps of a point; the run's folder."""
     name = f"{point.name}-{repeat}"
+    job = Job.load(arguments.job, arguments.set)
     settings = [
         f"cluster.workers={point.workers}",
         f"zero.stage={point.stage}",
         f"train.batch_size={point.batch_size}",
         f"train.steps={arguments.steps}",
         "train.validate_every=1.0",
-        "data.splits={validation: 0.0, test: 0.0}",
+        *([] if isinstance(job.data.source, SourcesSection) else ["data.splits={validation: 0.0, test: 0.0}"]),
         "checkpoint.every=1.0",
         "track.tensorboard=false",
         *arguments.set,
@@ -285,7 +288,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=6, help="of each run; the first is not timed")
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the job")
-    made.add_argument("--out", type=Path, default=Path("scaling"), help="the folder that results are written to")
+    made.add_argument(
+        "--out", type=Path, default=runs_folder() / "scaling", help="where results are written; all nodes see it"
+    )
     return made
 
 

@@ -95,6 +95,7 @@ def plan(
         "tokens": workload.tokens,
         "tokens_from": workload.source,
         "calibrated_by_runs": runs,
+        "checkpoint_budget_bytes": loaded.checkpoint.budget_bytes,
         "plans": [one.as_json() for one in made],
     }
     if as_json:
@@ -165,7 +166,7 @@ def _show(facts: dict[str, Any], made: Sequence[Estimate], workload: Workload, h
         out.print(line, markup=False)
     out.print(_table(made))
     chosen = next(one for one in made if one.chosen)
-    for line in _details(chosen, facts["decisions"], facts["calibrated_by_runs"]):
+    for line in _details(chosen, facts["decisions"], facts["calibrated_by_runs"], facts["checkpoint_budget_bytes"]):
         out.print(line, markup=False, soft_wrap=True)
 
 
@@ -227,7 +228,7 @@ def grouped(one: Estimate) -> dict[str, float]:
     return parts
 
 
-def _details(chosen: Estimate, decisions: dict[str, dict[str, Any]], runs: int) -> Iterator[str]:
+def _details(chosen: Estimate, decisions: dict[str, dict[str, Any]], runs: int, budget_bytes: int) -> Iterator[str]:
     """What was decided and why, and what else the chosen way takes."""
     from distft.config.values import amount
 
@@ -240,5 +241,7 @@ def _details(chosen: Estimate, decisions: dict[str, dict[str, Any]], runs: int) 
         yield "* activations are computed again in the backward pass"
     sent = f", {amount(chosen.time.sent_bytes)} sent by each worker" if chosen.setup.workers > 1 else ""
     yield f"A step takes {chosen.step_seconds:,.2f} s{sent}; a checkpoint {amount(memory.checkpoint_bytes)}"
+    if 2 * memory.checkpoint_bytes > budget_bytes:  # the newest is kept while the next one is written
+        yield f"checkpoint.budget is {amount(budget_bytes)}: at least {amount(2 * memory.checkpoint_bytes)} are needed"
     learnt = f"corrected by {runs} runs on this kind of device" if runs else "not yet corrected by runs on such devices"
     yield f"Seconds are estimates, {learnt}; validation, saving and starting come on top."

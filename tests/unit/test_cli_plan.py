@@ -70,7 +70,15 @@ def test_a_plan_for_devices_that_are_not_here(folder: Path) -> None:
 def test_a_person_gets_a_table_with_reasons(folder: Path) -> None:
     done, _ = plan(folder, "--device", "H100", "--workers", "8")
     assert done.returncode == 0, done.stderr
-    for words in ("8,030.3 M parameters", "H100 of 80.0 GB", "chosen", "zero.stage", "no room", "100 steps"):
+    for words in (
+        "8,030.3 M parameters",
+        "H100 of 80.0 GB",
+        "chosen",
+        "zero.stage",
+        "no room",
+        "100 steps",
+        "at least 192.7 GB",
+    ):
         assert words in done.stdout
     assert max(map(len, done.stdout.splitlines()[:14])) <= 120
 

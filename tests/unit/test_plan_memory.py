@@ -276,3 +276,14 @@ def test_only_the_newest_runs_are_remembered(tmp_path: Path) -> None:
         calibration.remember(path, "CPU", Observation(1e9, 1e9, 1.0, float(number)))
     kept = calibration.read(path, "CPU")
     assert [one.measured_seconds for one in kept] == [float(n) for n in range(5, calibration.KEPT + 5)]
+
+
+def test_a_gpu_is_seen_through_its_driver_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA L4, 23034'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    seen = Hardware.glance()
+    assert (seen.device_type, seen.name, seen.memory_bytes) == ("cuda", "NVIDIA H100 80GB HBM3", 81559 * 2**20)
+    tool.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    assert Hardware.glance().device_type == "cpu"

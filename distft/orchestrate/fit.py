@@ -37,7 +37,7 @@ def check_fit(job: Job, nodes: Sequence[Node]) -> None:
     except DataError:
         return
     workers = min(workers_of(job).max, sum(node.holds(need) for node in working))
-    per_node = min(workers, max(node.holds(need) for node in working))
+    per_node = -(-workers // len(working))  # at best; the workers know where they are
     choose(job, workers, found, shape=shape, workers_per_node=per_node)
 
 

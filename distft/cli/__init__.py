@@ -24,6 +24,7 @@ from distft.cli.arguments import (
 )
 from distft.cli.doctor import doctor
 from distft.cli.proving import audit, blame, chaos, verify
+from distft.cli.runs import list_runs, report, show
 from distft.cli.submission import logs, status, stop, submit
 from distft.errors import DistftError, JobError
 from distft.log import quieten_libraries
@@ -95,7 +96,7 @@ def prepare(
 
 @app.command()
 def run(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
-    """The whole way: prepare, search, train, export, evaluate."""
+    """The whole way: prepare, search, train, export, evaluate, report."""
     from distft.cli.tables import summary
     from distft.orchestrate.run import run as whole_way
 
@@ -266,8 +267,9 @@ def serve(
             wait_for_stop(answering.check)
 
 
-for _command in (audit, blame, verify, chaos, submit, status, logs, stop, doctor):
+for _command in (report, show, audit, blame, verify, chaos, submit, status, logs, stop, doctor):
     app.command()(_command)
+app.command("runs")(list_runs)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

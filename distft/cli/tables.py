@@ -109,6 +109,7 @@ def summary(run: Run, job_file: Path) -> str:
             *lines,
             f"Run     {run.folder}",
             f"Model   {run.export}  (transformers: {loads}.from_pretrained)",
+            *([f"Report  {run.report}"] if run.report.exists() else []),
             *([f"Answers {run.answers}"] if run.answers.exists() else []),
             "",
             "Next",

@@ -1,4 +1,4 @@
-"""The whole way of one run: prepare, search, train, export, evaluate. The stages meet in the run's folder."""
+"""The whole way of one run: prepare, search, train, export, evaluate, report. They meet in the run's folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from distft.world import runs_folder
 def run(
     job: Job, *, runs: Path | None = None, name: str | None = None, resume: bool = False, listener: Listener = SILENT
 ) -> Run:
-    """The whole way: prepare, search (where the job has such a section), train, export, evaluate.
+    """The whole way: prepare, search (where the job has such a section), train, export, evaluate, report.
 
     Args:
         job: What to run.
@@ -56,6 +56,7 @@ def run(
         export(made, listener=listener)
         evaluate_all(job, made, data, nodes, listener)
         update_result(made, status="finished", sample=sample(job, made, data))
+    report(made, listener)
     return made
 
 
@@ -67,6 +68,7 @@ def train(
     with _running(job, made, resume, listener) as (data, nodes):
         train_stage(job, made, data, nodes, listener)
         update_result(made, status="trained")
+    report(made, listener)
     return made
 
 
@@ -88,7 +90,21 @@ def search(
     with _running(job, made, resume, listener) as (data, nodes):
         search_stage(job, made, data, nodes, listener)
         update_result(made, status="searched")
+    report(made, listener)
     return made
+
+
+def report(made: Run, listener: Listener) -> None:
+    """Writes the run's page; a run whose page cannot be written is as good as any other, and a person is told."""
+    listener.stage("report")
+    try:
+        from distft.report.page import write
+
+        page = write(made)
+    except Exception as error:
+        listener.note(f"  no report: {' '.join(str(error).split()) or type(error).__name__}")
+    else:
+        update_result(made, paths={**read_json(made.result).get("paths", {}), "report": str(page)})
 
 
 @contextlib.contextmanager

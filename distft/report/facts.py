@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ Record = dict[str, Any]
 
 #: A run that says it goes on is taken for dead after so many of its steps without a line, and never before so long.
 SILENT_STEPS, SILENT_SECONDS = 20.0, 600.0
+#: What is read of the end of a long file, where that is enough.
+TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Facts:
     def headline(self) -> str | None:
         """The metric that tells whether the model is better, among those that were scored."""
         best = next((model for model in ("best", "last", "base") if model in self.scores), None)
-        scored = next(iter(self.scores[best].values()), {}) if best else {}
+        scored: Record = next(iter(self.scores[best].values()), {}) if best else {}
         wanted = headline(self.job) if self.job else None
         return wanted if wanted in scored else next((name for name in scored if name in METRICS), None)
 
@@ -119,12 +122,12 @@ class Facts:
         return job.get(section, {}).get(key) if isinstance(job, dict) else None
 
 
-def read(run: Run, *, metrics: bool = True) -> Facts:
+def read(run: Run, *, whole: bool = True) -> Facts:
     """Reads a run's folder.
 
     Args:
         run: The run.
-        metrics: Whether to read ``metrics.jsonl`` and what else is long; a list of runs can do without.
+        whole: Whether to read all of ``metrics.jsonl`` and what else is long; a list of runs can do with its ends.
     """
     problems: list[str] = []
 
@@ -135,7 +138,7 @@ def read(run: Run, *, metrics: bool = True) -> Facts:
         return found if isinstance(found, dict) else {}
 
     result, resolved = document(run.result), document(run.resolved)
-    lines = _lines(run.metrics, problems) if metrics else []
+    lines = _lines(run.metrics, problems, get=Path.read_bytes if whole else _ends)
     text = _try(lambda: run.job.read_text(encoding="utf-8", errors="replace"), run.job, problems) or ""
     return Facts(
         run=run,
@@ -150,10 +153,10 @@ def read(run: Run, *, metrics: bool = True) -> Facts:
         validations=_standing(lines, "validation"),
         events=[line for line in lines if line["kind"] == "event"],
         lines=lines,
-        spent=_spent(lines, problems) if lines else None,
-        answers=_lines(run.answers, problems, kinds=False) if metrics else [],
-        examples=document(run.examples) if metrics else {},
-        trials=(_try(lambda: read_trials(run.trials), run.trials, problems) or []) if metrics else [],
+        spent=_spent(lines, problems) if lines and whole else None,
+        answers=_lines(run.answers, problems, kinds=False) if whole else [],
+        examples=document(run.examples) if whole else {},
+        trials=(_try(lambda: read_trials(run.trials), run.trials, problems) or []) if whole else [],
         search=document(run.search_summary),
         problems=tuple(problems),
     )
@@ -174,32 +177,48 @@ def _try(read_it: Callable[[], Any], path: Path, problems: list[str]) -> Any:
     return None
 
 
-def _lines(path: Path, problems: list[str], *, kinds: bool = True) -> list[Record]:
+def _ends(path: Path) -> bytes:
+    """The first line of a file, and the whole lines at its end."""
+    with path.open("rb") as file:
+        first = file.readline()
+        length = file.seek(0, os.SEEK_END)
+        begin = max(len(first), length - TAIL_BYTES)
+        file.seek(begin)
+        rest = file.read()
+    return first + (rest if begin == len(first) else rest.partition(b"\n")[2])
+
+
+def _lines(
+    path: Path, problems: list[str], *, kinds: bool = True, get: Callable[[Path], bytes] = Path.read_bytes
+) -> list[Record]:
     """The whole lines of a file; says how many are not.
 
     Args:
         path: The file.
         problems: Where problems are told.
         kinds: Whether each line needs a kind, a time and a step.
+        get: What is read of it.
     """
-    content = _try(path.read_bytes, path, problems)
+    content = _try(lambda: get(path), path, problems)
     if content is None:
         return []
-    found, broken = [], 0
+    found: list[Record] = []
+    broken = 0
     for line in content.splitlines():
         record = None
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-        sound = isinstance(record, dict) and (
-            not kinds or (record.get("kind") in ("train", "validation", "event") and {"time", "step"} <= record.keys())
-        )
-        if sound:
+        if isinstance(record, dict) and (not kinds or _is_line(record)):
             found.append(record)
         else:
             broken += 1
     if broken:
         problems.append(f"{broken:,} of {broken + len(found):,} lines of {path.name} cannot be read, and are left out")
     return found
+
+
+def _is_line(record: Record) -> bool:
+    return record.get("kind") in ("train", "validation", "event") and {"time", "step"} <= record.keys()
 
 
 def _standing(lines: list[Record], kind: str) -> list[Record]:

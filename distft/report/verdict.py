@@ -195,7 +195,7 @@ def _of_state(facts: Facts) -> Iterator[Reason]:
 
 
 def _of_scores(facts: Facts, metric: str | None, changes: Mapping[str, Any]) -> Iterator[Reason]:
-    if metric in changes and changes[metric]["n"] < FEW_DOCUMENTS:
+    if metric and metric in changes and changes[metric]["n"] < FEW_DOCUMENTS:
         yield Reason("note", f"Only {changes[metric]['n']} documents were scored: a larger test split would tell more.")
     stops = facts.scores.get("best", {}).get("test", {}).get("stop_rate")
     if stops and stops["value"] < STOPS_ENOUGH:

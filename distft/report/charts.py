@@ -14,7 +14,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ SERIES: tuple[Colour, ...] = ("a", "b", "c", "d", "e", "f")
 SIZE, TEXT = (5.0, 3.0), 12
 #: A line is drawn with at most four points in each of so many columns (:func:`thin`).
 COLUMNS = 400
+#: Lines that the legend names one by one.
+NAMED_LINES = 8
 #: Rows of the table that says the same as a chart.
 ROWS = 12
 
@@ -157,13 +159,12 @@ def thin(x: Values, y: Values, columns: int = COLUMNS) -> tuple[Values, Values]:
 
 
 def running_mean(y: Values, width: int) -> Values:
-    """The mean of the points around each, ``width`` at most and fewer at the ends, (N,); NaN ones are passed over."""
+    """The mean of up to ``width`` points around each, fewer at the ends, (N,); NaN ones are passed over."""
     known = np.isfinite(y)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     places = np.arange(len(y))
-    reach = np.minimum(np.minimum(places, len(y) - 1 - places), width // 2)
-    first, after = places - reach, places + reach + 1
+    first, after = np.maximum(places - width // 2, 0), np.minimum(places + width // 2 + 1, len(y))
     seen = counts[after] - counts[first]
     return np.where(seen > 0, (sums[after] - sums[first]) / np.maximum(seen, 1), np.nan)
 
@@ -183,11 +184,11 @@ def draw(chart: Chart) -> Drawn | None:
     dress(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: thousands(value))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    whole = all((line.y[np.isfinite(line.y)] % 1 == 0).all() for line in lines)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=whole))
     axes.yaxis.set_major_formatter(lambda value, _: chart.format(value))
     axes.set_xlabel(chart.x_title, fontsize=TEXT, color=STAND_INS["muted"])
     svg = as_svg(figure, chart.key)
-    named = [line for line in lines if not (line.faint and len(lines) == 1)]
     return Drawn(
         key=chart.key,
         title=chart.title,
@@ -195,10 +196,20 @@ def draw(chart: Chart) -> Drawn | None:
         says=_words(chart, lines),
         head=(chart.x_title, *(line.label for line in lines)),
         rows=tuple(_rows(chart, lines)),
-        legend=tuple(("faint " * line.faint + line.colour, line.label) for line in named) if len(named) > 1 else (),
+        legend=tuple(_legend(lines)) if len(lines) > 1 else (),
         lens=_lens(chart, lines, figure, axes),
         note=chart.note,
     )
+
+
+def _legend(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
+    """Lines by (colour, label); of very many the pale ones as one."""
+    pale = [line for line in lines if line.faint]
+    for line in lines:
+        if not line.faint or len(lines) <= NAMED_LINES:
+            yield "faint " * line.faint + line.colour, line.label
+    if pale and len(lines) > NAMED_LINES:
+        yield f"faint {pale[0].colour}", f"{len(pale)} others"
 
 
 def _plot(axes: Axes, line: Line, x: Values, y: Values) -> None:

@@ -86,7 +86,8 @@ def _loss(facts: Facts, steps: Values, marks: tuple[Mark, ...]) -> Chart:
         Line("validation", at, losses, "b", dots=True),
     )
     note = f"The model is that of step {best:,}, which has the lowest validation loss." if best else ""
-    return Chart("loss", "Loss (nats per token)", lines, marks=marks, note=note)
+    unit = "text" if facts.kind == "classification" else "token"
+    return Chart("loss", f"Loss (nats per {unit})", lines, marks=marks, note=note)
 
 
 def _validated(facts: Facts, marks: tuple[Mark, ...]) -> Chart | None:

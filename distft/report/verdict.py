@@ -186,7 +186,7 @@ def _of_state(facts: Facts) -> Iterator[Reason]:
     if facts.silent_seconds is not None:
         yield Reason("bad", "Its last sign of life is old: its process is probably gone. It goes on with --resume.")
     if facts.problems:
-        yield Reason("bad", f"{len(facts.problems)} of its files cannot be read as they should: see below.")
+        yield Reason("bad", f"{len(facts.problems)} of its files cannot be read as they should.")
     if facts.status in ("finished", "trained"):
         if not (facts.run.export / "config.json").exists():
             yield Reason("bad", "There is no exported model: distft export writes it.")

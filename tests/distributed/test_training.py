@@ -142,6 +142,8 @@ def test_a_run_tells_its_whole_story(found: dict[str, Any], home: Path) -> None:
         "tokens_per_second mfu peak_memory_bytes world_size micro_batch_size accumulation sample_digest"
     )
     assert set(contract.split()) <= set(step)
+    assert len(step["rank_peak_memory_bytes"]) == 2
+    assert max(step["rank_peak_memory_bytes"]) == step["peak_memory_bytes"]
     assert (step["world_size"], step["micro_batch_size"], step["accumulation"], step["rows"]) == (2, 2, 2, 7)
     decisions = read_json(run.resolved)["decisions"]
     assert decisions["zero.stage"] == {"value": 2, "reason": "set in the job"}

@@ -21,6 +21,7 @@ from distft.orchestrate.signals import interruptible
 from distft.orchestrate.train.training import train as train_stage
 from distft.runs import Run, read_json, update_result, write_json
 from distft.train.folder import begin, run_folder
+from distft.train.trackers import refuse_absent
 from distft.world import runs_folder
 
 
@@ -121,6 +122,7 @@ def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[
         check_capacity(workers_of(job), worker_resources(job, nodes), nodes)
         heard = check_nodes(job, made, nodes, listener)
         _check_quantisation(job)
+        refuse_absent(job)
         data = prepare(job, listener)
         if not resume:
             begin(job, made)

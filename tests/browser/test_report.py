@@ -1,4 +1,4 @@
-"""The report in a real browser, opened from disk: every figure drawn, nothing said on the console, no sideways scroll."""
+"""The report in a real browser, from disk: every figure drawn, nothing said on the console, no sideways scroll."""
 
 from __future__ import annotations
 

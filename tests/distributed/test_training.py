@@ -60,7 +60,7 @@ def happenings(folder: str) -> dict[str, Any]:
     home, world = Path(folder), World.from_environment()
     found: dict[str, Any] = {"whole": attempt(home, "whole")}
     run = tiny.run_of(home, "stopped")
-    found["stopped"] = attempt(home, "stopped", reporter=StopAfter(run, is_main=world.is_main, tensorboard=False))
+    found["stopped"] = attempt(home, "stopped", reporter=StopAfter(run, is_main=world.is_main))
     if world.is_main:
         run.stop_request.unlink()
         shutil.copytree(run.folder, home / "runs" / "damaged")
@@ -83,7 +83,7 @@ def happenings(folder: str) -> dict[str, Any]:
         home, "impatient", "train.learning_rate=1.0", "train.validate_every={steps: 1}", "train.patience=2"
     )
     found["small budget"] = attempt(home, "small", "checkpoint.budget=1KB")
-    full = FullAfter(tiny.run_of(home, "filled"), is_main=world.is_main, tensorboard=False)
+    full = FullAfter(tiny.run_of(home, "filled"), is_main=world.is_main)
     found["filled"] = attempt(home, "filled", reporter=full)
     found["full"] = attempt(home, "full")  # the limit stays
     return found

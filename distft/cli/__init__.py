@@ -49,8 +49,22 @@ def options(
 
 
 @app.command()
-def check(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None:
+def check(
+    job: Annotated[Path | None, typer.Argument(metavar="JOB", help="The job file (YAML).")] = None,
+    set_: Overrides = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print every key of a job file, with what it takes, as Markdown.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Read and validate the job file; every error at once."""
+    if reference:
+        from distft.config.reference import reference as describe
+
+        typer.echo(describe(), nl=False)
+        return
+    if job is None:
+        raise JobError("which job file?", where="JOB", fix="distft check JOB.yaml")
     checked = load(job, set_)
     if as_json:
         print_json({"job": str(job), "ok": True, "settings": checked.dump()})

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from distft.cli import main
 from distft.errors import JobError
+from distft.orchestrate.run import report as write_report
 from distft.report import charts, page
 from distft.report.brief import brief, runs_in
 from distft.report.charts import Chart, Line, Mark, running_mean, thin
@@ -30,6 +32,7 @@ from distft.report.tables import settings_beyond
 from distft.report.verdict import judge
 from distft.report.words import size
 from distft.runs import Run, append_line, read_json, update_result, write_json
+from distft.tuning.progress import SearchProgress
 from tests.unit.tiny_runs import card, job_of, run_of, scores
 
 MARKUP = "<script>document.title='taken'</script><img src=x onerror=alert(1)> & \"quoted\""
@@ -435,3 +438,34 @@ def test_facts_of_a_run_without_files_are_empty(tmp_path: Path) -> None:
     facts = read(Run(tmp_path))
     assert isinstance(facts, Facts)
     assert (facts.step, facts.kind, facts.headline, facts.problems) == (0, "unknown", None, ())
+
+
+class Told:
+    """A listener that keeps its notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def stage(self, name: str) -> None:
+        self.notes.append(f"[{name}]")
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, done: int, of: int) -> None: ...
+
+    def record(self, record: dict[str, Any]) -> None: ...
+
+    def trials(self, progress: SearchProgress) -> None: ...
+
+
+def test_a_report_that_fails_fails_no_run_and_is_told_in_a_line(tmp_path: Path) -> None:
+    run, told = run_of("language_modeling", tmp_path / "run", steps=4), Told()
+    write_report(run, told)
+    assert told.notes == ["[report]"]
+    assert read_json(run.result)["paths"]["report"] == str(run.report)
+    run.report.unlink()
+    run.report.mkdir()
+    write_report(run, told)
+    assert told.notes[2].startswith(f"  no report: {run.report}: the report cannot be written: Is a directory")
+    assert "\n" not in told.notes[2]

@@ -24,7 +24,7 @@ from distft.cli.arguments import (
 )
 from distft.cli.doctor import doctor
 from distft.cli.proving import audit, blame, chaos, verify
-from distft.cli.runs import list_runs, report, show
+from distft.cli.reports import report, runs, show
 from distft.cli.submission import logs, status, stop, submit
 from distft.errors import DistftError, JobError
 from distft.log import quieten_libraries
@@ -281,9 +281,8 @@ def serve(
             wait_for_stop(answering.check)
 
 
-for _command in (report, show, audit, blame, verify, chaos, submit, status, logs, stop, doctor):
+for _command in (report, runs, show, audit, blame, verify, chaos, submit, status, logs, stop, doctor):
     app.command()(_command)
-app.command("runs")(list_runs)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

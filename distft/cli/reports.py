@@ -52,7 +52,7 @@ def report(
         raise JobError("no browser was found here", where="--open", fix=f"open {page} in yours")
 
 
-def list_runs(runs: Runs = None, as_json: Json = False) -> None:
+def runs(runs: Runs = None, as_json: Json = False) -> None:
     """List what has been run, the newest first."""
     from distft.cli.proofs import console
     from distft.report.brief import runs_in as briefs

@@ -14,8 +14,8 @@ from distft.report.curves import WINDOW, interval_picture, values
 from distft.report.facts import Facts, read
 from distft.report.page import fill, put
 from distft.report.tables import flat
-from distft.report.verdict import interval, judge, number, title_of
-from distft.report.words import duration, moment
+from distft.report.verdict import interval, judge, number, sentence_case, title_of
+from distft.report.words import duration, moment, without_passwords
 from distft.runs import Run
 from distft.task.metrics import METRICS
 
@@ -126,7 +126,7 @@ def _intervals(all_facts: Sequence[Facts], metric: str | None) -> dict[str, str]
         return None
     title = title_of(metric)
     return {
-        "title": f"{title[0].upper()}{title[1:]} on the test split, 95 % intervals",
+        "title": f"{sentence_case(title)} on the test split, 95 % intervals",
         "says": "; ".join(f"{name} {interval(its)}" for name, its, _ in rows),
         "svg": interval_picture(rows, "intervals"),
     }
@@ -167,7 +167,7 @@ def differing(all_facts: Sequence[Facts]) -> list[tuple[str, list[str]]]:
         settings.append(found)
     keys = dict.fromkeys(key for found in settings for key in found if key not in NAMES)
     return [
-        (key, ["-" if key not in found else str(found[key]) for found in settings])
+        (key, ["-" if key not in found else without_passwords(str(found[key])) for found in settings])
         for key in keys
         if len({repr(found.get(key)) for found in settings}) > 1
     ]

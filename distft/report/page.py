@@ -21,8 +21,8 @@ from distft.report.charts import Colour, draw, thousands
 from distft.report.curves import MARKED, curves, interval_picture, marked
 from distft.report.facts import Facts, read
 from distft.report.search import search
-from distft.report.verdict import interval, judge, title_of
-from distft.report.words import duration, moment
+from distft.report.verdict import interval, judge, sentence_case, title_of
+from distft.report.words import duration, moment, without_passwords
 from distft.runs import Run
 
 _HERE = Path(__file__).parent
@@ -97,13 +97,14 @@ def render(facts: Facts) -> str:
         ],
         problems=facts.problems,
         verdict=judge(facts),
+        open=facts.status in ("begun", "running", "searched") and facts.silent_seconds is None,
         intervals=_intervals(facts),
         tiles=_tiles(facts),
         marked=[(name, MARKED[name]) for name in marked(facts.events)],
         goodput=_goodput(facts),
-        commands=_commands(facts),
+        commands=without_passwords(_commands(facts)),
         decisions=tables.decisions(facts),
-        job_text=facts.job_text,
+        job_text=without_passwords(facts.job_text),
         environment=_environment(facts.environment),
         footer=f"Made by distft {__version__} on {moment(time.time())} from {facts.run.folder}",
         **shown,
@@ -177,7 +178,7 @@ def _intervals(facts: Facts) -> dict[str, str] | None:
     says = "; ".join(f"{name} {interval(its)}" for name, its, _ in rows)
     title = title_of(metric, classes="classes" in facts.scores)
     return {
-        "title": f"{title[0].upper()}{title[1:]} on the test split, 95 % intervals",
+        "title": f"{sentence_case(title)} on the test split, 95 % intervals",
         "says": f"{title}: {says}",
         "svg": interval_picture(rows, "intervals"),
     }

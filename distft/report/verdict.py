@@ -68,6 +68,11 @@ def plain(metric: str) -> str:
     return TITLES.get(metric, metric.replace("_", " ")).partition(" (")[0]
 
 
+def sentence_case(name: str) -> str:
+    """A name at the beginning of a sentence; ``chrF`` and ``ROUGE-L`` stay as they are."""
+    return name[0].upper() + name[1:] if name.split()[0].islower() else name
+
+
 def gained(metric: str, change: Mapping[str, float]) -> bool | None:
     """Whether a paired difference is a gain for sure; None where its interval includes zero, or none is one."""
     better = METRICS[metric].better
@@ -157,7 +162,7 @@ def _finding(facts: Facts, metric: str | None) -> str:
     certain = change["low"] * change["high"] > 0
     ends = f"{number(low)} to {number(high)}" if certain else f"{number(change['low'])} to {number(change['high'])}"
     return (
-        f"{name[0].upper()}{name[1:]} went{values}: {number(abs(change['value']))} {side} than {base_of(scores)} "
+        f"{sentence_case(name)} went{values}: {number(abs(change['value']))} {side} than {base_of(scores)} "
         f"(95 % interval {ends}, paired, {change['n']:,.0f} documents of the test split)."
     )
 

@@ -1,7 +1,8 @@
-"""Times and sizes as a person reads them."""
+"""Times and sizes as a person reads them, and words that may be shown to others."""
 
 from __future__ import annotations
 
+import re
 import time
 
 
@@ -28,3 +29,8 @@ def size(count: float) -> str:
 def moment(seconds: float) -> str:
     """``2026-11-24 03:22 UTC``: the same words wherever it is read."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)) if seconds else "unknown"
+
+
+def without_passwords(text: str) -> str:
+    """Addresses without the name and password that may stand in them: pages are passed on."""
+    return re.sub(r"(\w://)[^/\s@'\"]*:[^/\s@'\"]*@", r"\1***@", text)

@@ -29,7 +29,7 @@ from distft.report.compare import render as compared
 from distft.report.facts import Facts, read
 from distft.report.page import render, write
 from distft.report.tables import settings_beyond
-from distft.report.verdict import judge
+from distft.report.verdict import judge, sentence_case
 from distft.report.words import size
 from distft.runs import Run, append_line, read_json, update_result, write_json
 from distft.tuning.progress import SearchProgress
@@ -301,6 +301,17 @@ def test_settings_that_came_with_set_are_part_of_the_command(tmp_path: Path) -> 
     ] or settings_beyond(read(run)) == ["train.epochs=null", "train.steps=7", 'cluster.workers={"min": 1, "max": 2}']
 
 
+def test_a_password_in_the_job_file_is_not_passed_on(tmp_path: Path) -> None:
+    track = {"mlflow": "https://me:hunter2@tracking.example/x"}
+    runs = [run_of("language_modeling", tmp_path / name, steps=4) for name in ("a", "b")]
+    resolved = read_json(runs[0].resolved)
+    write_json(runs[0].resolved, {**resolved, "job": job_of("language_modeling", tmp_path, track=track).dump()})
+    runs[0].job.write_text(runs[0].job.read_text() + f"\n# {track}\n")
+    for made in (render(read(runs[0])), compared([read(run) for run in runs])):
+        assert "hunter2" not in made
+        assert "https://***@tracking.example/x" in made
+
+
 def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     first, second = (
         run_of("language_modeling", tmp_path / name, steps=steps) for name, steps in (("a", 60), ("b", 80))
@@ -428,6 +439,11 @@ def test_text_and_lines_stand_out_in_both_schemes(scheme: int) -> None:
             assert contrast(known[ink], known[paper]) >= 4.5, (ink, paper)
     for line in ("a", "b", "c", "d", "e", "f"):
         assert contrast(known[line], known["card"]) >= 3, line
+
+
+def test_names_begin_a_sentence_without_losing_their_own_letters() -> None:
+    found = [sentence_case(name) for name in ("perplexity", "macro F1", "chrF", "ROUGE-L", "bits per byte")]
+    assert found == ["Perplexity", "Macro F1", "chrF", "ROUGE-L", "Bits per byte"]
 
 
 def test_sizes_are_told_in_powers_of_ten() -> None:

@@ -139,6 +139,7 @@ def files(folder: Path) -> dict[str, int]:
 def lines(one: Brief, facts: Any, verdict: Any) -> list[str]:
     """A run for a person, short."""
     from distft.cli.tables import score_lines
+    from distft.report.tables import decisions
     from distft.report.words import duration, moment, size
 
     steps = f"{one.step:,}" + (f" of {one.steps:,}" if one.steps else "")
@@ -157,8 +158,8 @@ def lines(one: Brief, facts: Any, verdict: Any) -> list[str]:
     if facts.spent is not None and facts.spent.wall > 0:
         parts = ", ".join(f"{name.replace('_', ' ')} {duration(its)}" for name, its in facts.spent.parts.items() if its)
         told += ["", f"Goodput {facts.spent.share:.1%} of {duration(facts.spent.wall)}: {parts}"]
-    decided = facts.resolved.get("decisions") or {}
-    told += ["", *(f"{key} = {its['value']}: {its['reason']}" for key, its in decided.items())] if decided else []
+    decided = [f"{its['key']} = {its['value']}: {its['reason']}" for its in decisions(facts)]
+    told += ["", *decided] if decided else []
     held = ", ".join(f"{name} {size(count)}" for name, count in files(facts.run.folder).items() if count)
     return [*told, "", f"{facts.run.folder}", f"  {held}"]
 

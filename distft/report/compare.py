@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
+
 from distft import __version__
-from distft.report.charts import SERIES, Chart, Colour, Drawn, Line, draw, running_mean
+from distft.report.charts import SERIES, Chart, Colour, Drawn, Line, Values, draw, running_mean
 from distft.report.curves import WINDOW, interval_picture, values
 from distft.report.facts import Facts, read
 from distft.report.page import fill, put
@@ -71,7 +72,7 @@ def _cautions(all_facts: Sequence[Facts], metric: str | None) -> list[str]:
     """What makes a comparison unfair, or a run's figures doubtful."""
     told = [f"{facts.run.name}: {problem}" for facts in all_facts for problem in facts.problems]
     scored = [facts for facts in all_facts if _score(facts, metric)]
-    if len({facts.card.get("fingerprint") for facts in scored}) > 1:
+    if len({str(facts.card.get("fingerprint")) for facts in scored}) > 1:
         told.append("These runs were trained or scored on different data: their scores do not compare.")
     if len({facts.kind for facts in all_facts}) > 1:
         told.append("These runs have different tasks.")
@@ -97,19 +98,23 @@ def _finding(all_facts: Sequence[Facts], metric: str | None) -> str:
 def _cells(facts: Facts, metric: str | None) -> list[tuple[str, str]]:
     score = _score(facts, metric)
     change = facts.scores.get("difference", {}).get("test", {}).get(metric) if metric else None
-    speeds = [line["tokens_per_second"] for line in facts.steps if line.get("tokens_per_second")]
-    memory = [line["peak_memory_bytes"] for line in facts.steps if line.get("peak_memory_bytes")]
-    wall = facts.result.get("wall_seconds")
+    speeds, memory = (_known(facts, name) for name in ("tokens_per_second", "peak_memory_bytes"))
     return [
         (facts.status, ""),
         (f"{facts.step:,}", f"of {facts.planned:,}" if facts.planned else ""),
         _estimate(score),
         _estimate(change),
-        (duration(wall) if wall else "-", ""),
+        (duration(facts.wall_seconds) if facts.wall_seconds else "-", ""),
         (f"{facts.spent.share:.1%}" if facts.spent else "-", ""),
-        (f"{median(speeds):,.0f}" if speeds else "-", "median"),
-        (f"{max(memory) / 1e9:.2f} GB" if memory else "-", "fullest rank"),
+        (f"{np.median(speeds):,.0f}" if len(speeds) else "-", "median"),
+        (f"{memory.max() / 1e9:.2f} GB" if len(memory) else "-", "fullest rank"),
     ]
+
+
+def _known(facts: Facts, name: str) -> Values:
+    """One number of each step, of those that have it."""
+    found = values(facts.steps, name)
+    return found[np.isfinite(found)]
 
 
 def _estimate(its: dict[str, float] | None) -> tuple[str, str]:
@@ -161,9 +166,10 @@ def differing(all_facts: Sequence[Facts]) -> list[tuple[str, list[str]]]:
     """The settings that are not the same in all runs, with each one's value; decided ones as decided."""
     settings = []
     for facts in all_facts:
-        job, decided = facts.resolved.get("job"), facts.resolved.get("decisions")
+        job, decided = (facts.resolved.get(part) for part in ("job", "decisions"))
+        decided = decided if isinstance(decided, dict) else {}
         found: dict[str, Any] = flat(job) if isinstance(job, dict) else {}
-        found |= {key: its.get("value") for key, its in (decided or {}).items() if isinstance(its, dict)}
+        found |= {key: its.get("value") for key, its in decided.items() if isinstance(its, dict)}
         settings.append(found)
     keys = dict.fromkeys(key for found in settings for key in found if key not in NAMES)
     return [

@@ -22,6 +22,8 @@ Record = dict[str, Any]
 
 #: A run that says it goes on is taken for dead after so many of its steps without a line, and never before so long.
 SILENT_STEPS, SILENT_SECONDS = 20.0, 600.0
+#: What each score has.
+ESTIMATE = ("value", "low", "high", "n")
 #: What is read of the end of a long file, where that is enough.
 TAIL_BYTES = 1 << 16
 
@@ -97,12 +99,12 @@ class Facts:
     @property
     def step(self) -> int:
         """Steps made."""
-        return int(self.steps[-1]["step"]) if self.steps else int(self.result.get("step", 0) or 0)
+        return int(self.steps[-1]["step"]) if self.steps else _whole(self.result.get("step")) or 0
 
     @property
     def planned(self) -> int | None:
         """Steps that it was to make, where that is known."""
-        return int(self.steps[-1]["steps"]) if self.steps and "steps" in self.steps[-1] else None
+        return _whole(self.steps[-1].get("steps")) if self.steps else None
 
     @property
     def headline(self) -> str | None:
@@ -113,13 +115,21 @@ class Facts:
         return wanted if wanted in scored else next((name for name in scored if name in METRICS), None)
 
     @property
+    def wall_seconds(self) -> float | None:
+        """How long it took, where that is known."""
+        told = self.result.get("wall_seconds")
+        return float(told) if isinstance(told, int | float) else self.spent.wall if self.spent else None
+
+    @property
     def when(self) -> float:
         """When it began, in seconds since the epoch."""
         return float(self.lines[0]["time"]) if self.lines and "time" in self.lines[0] else _changed(self.run.job)
 
     def _setting(self, section: str, key: str) -> Any:
-        job = self.resolved.get("job")
-        return job.get(section, {}).get(key) if isinstance(job, dict) else None
+        found = self.resolved.get("job")
+        for name in (section, key):
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
 
 
 def read(run: Run, *, whole: bool = True) -> Facts:
@@ -218,7 +228,11 @@ def _lines(
 
 
 def _is_line(record: Record) -> bool:
-    return record.get("kind") in ("train", "validation", "event") and {"time", "step"} <= record.keys()
+    return (
+        record.get("kind") in ("train", "validation", "event")
+        and isinstance(record.get("time"), int | float)
+        and isinstance(record.get("step"), int)
+    )
 
 
 def _standing(lines: list[Record], kind: str) -> list[Record]:
@@ -242,7 +256,7 @@ def _job(run: Run, resolved: Record, text: str, problems: list[str]) -> Job | No
         return None
     try:
         return Job.from_values(values, resolved.get("folder", run.folder))
-    except (DistftError, AttributeError, TypeError):
+    except (DistftError, AttributeError, LookupError, TypeError, ValueError):
         problems.append("the job's settings are of another version of distft than this one, which reads them in part")
         return None
 
@@ -251,21 +265,37 @@ def _scores(scores: Record, problems: list[str]) -> Record:
     """``evaluation.json`` without what is no estimate."""
     sound = {}
     for model, splits in scores.items():
-        if model == "classes":
-            sound[model] = splits
-            continue
         try:
+            if model == "classes":
+                sound[model] = {
+                    kind: {split: _classes(its) for split, its in of.items()} for kind, of in splits.items()
+                }
+                continue
             sound[model] = {
                 split: {
                     name: its
                     for name, its in metrics.items()
-                    if name in METRICS and {"value", "low", "high", "n"} <= its.keys()
+                    if name in METRICS and all(isinstance(its.get(key), int | float) for key in ESTIMATE)
                 }
                 for split, metrics in splits.items()
             }
-        except (AttributeError, TypeError):
+        except (AttributeError, LookupError, TypeError, ValueError):
             problems.append(f"evaluation.json is damaged or of another version: {model}")
-    return sound
+    return {model: {split: its for split, its in splits.items() if its} for model, splits in sound.items()}
+
+
+def _classes(its: Record) -> Record:
+    """A per-class table with its confusion matrix, as they are where they are sound."""
+    shares = ("precision", "recall", "f1", "support")
+    labels = {name: {share: its["labels"][name][share] + 0 for share in shares} for name in its["labels"]}
+    confusion = [[int(count) for count in row] for row in its["confusion"]]
+    if {len(labels)} != {len(confusion), *map(len, confusion)}:
+        raise ValueError("a confusion matrix that is not square")
+    return {"labels": labels, "confusion": confusion}
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _changed(path: Path) -> float:

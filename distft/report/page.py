@@ -7,7 +7,7 @@ import functools
 import hashlib
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from markupsafe import Markup
 from distft import __version__
 from distft.errors import JobError
 from distft.report import tables
-from distft.report.charts import Colour, draw, thousands
+from distft.report.charts import Colour, Drawn, draw, thousands
 from distft.report.curves import MARKED, curves, interval_picture, marked
 from distft.report.facts import Facts, read
 from distft.report.search import search
@@ -74,17 +74,8 @@ def put(page: str, to: Path) -> Path:
 
 def render(facts: Facts) -> str:
     """The page of a run as HTML."""
-    shown: dict[str, Any] = {
-        "scores": tables.scores(facts),
-        "classes": tables.classes(facts),
-        "examples": tables.examples(facts),
-        "sample": _sample(facts),
-        "charts": [drawn for drawn in map(draw, curves(facts)) if drawn is not None],
-        "times": tables.times(facts),
-        "events": tables.events(facts),
-        "data": tables.data(facts),
-        "search": search(facts),
-    }
+    problems = list(facts.problems)
+    shown = {name: _part(name, make, facts, problems) for name, make in PARTS.items()}
     present = [name for name in SECTIONS if shown[name] or (name == "examples" and shown["sample"])]
     return fill(
         "page.html",
@@ -95,20 +86,31 @@ def render(facts: Facts) -> str:
             *((IDS.get(name, name), SECTIONS[name]) for name in present),
             ("again", "How to get this again"),
         ],
-        problems=facts.problems,
+        problems=problems,
         verdict=judge(facts),
         open=facts.status in ("begun", "running", "searched") and facts.silent_seconds is None,
-        intervals=_intervals(facts),
-        tiles=_tiles(facts),
+        intervals=_part("scores", _intervals, facts, problems),
+        tiles=_part("figures", _tiles, facts, problems) or [],
         marked=[(name, MARKED[name]) for name in marked(facts.events)],
         goodput=_goodput(facts),
         commands=without_passwords(_commands(facts)),
-        decisions=tables.decisions(facts),
+        decisions=_part("decisions", tables.decisions, facts, problems),
         job_text=without_passwords(facts.job_text),
         environment=_environment(facts.environment),
         footer=f"Made by distft {__version__} on {moment(time.time())} from {facts.run.folder}",
         **shown,
     )
+
+
+def _part(name: str, make: Callable[[Facts], Any], facts: Facts, problems: list[str]) -> Any:
+    """A part of the page; None, and a problem that is told, where the run's files are not what they should be."""
+    try:
+        return make(facts)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"{name} cannot be shown: a file is damaged or of another version ({type(error).__name__}: {error})"
+        if told not in problems:
+            problems.append(told)
+        return None
 
 
 def fill(template: str, **shown: Any) -> str:
@@ -149,9 +151,8 @@ def _tiles(facts: Facts) -> list[tuple[str, str]]:
         tiles.append(("last heard of", f"{duration(facts.silent_seconds)} ago"))
     if facts.step:
         tiles.append(("steps", f"{facts.step:,}" + (f" of {facts.planned:,}" if facts.planned else "")))
-    wall = facts.result.get("wall_seconds") or (facts.spent.wall if facts.spent else None)
-    if wall:
-        tiles.append(("wall time", duration(wall)))
+    if facts.wall_seconds:
+        tiles.append(("wall time", duration(facts.wall_seconds)))
     tokens = sum(line.get("tokens") or 0 for line in facts.steps)
     if tokens:
         tiles.append(("training tokens", thousands(tokens)))
@@ -221,3 +222,20 @@ def _environment(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     plain = [(name, str(value)) for name, value in facts.items() if isinstance(value, str | int | float)]
     versions = facts.get("versions")
     return plain + [(name, str(value)) for name, value in (versions.items() if isinstance(versions, dict) else ())]
+
+
+def _charts(facts: Facts) -> list[Drawn]:
+    return [drawn for drawn in map(draw, curves(facts)) if drawn is not None]
+
+
+PARTS: dict[str, Callable[[Facts], Any]] = {
+    "scores": tables.scores,
+    "classes": tables.classes,
+    "examples": tables.examples,
+    "sample": _sample,
+    "charts": _charts,
+    "times": tables.times,
+    "events": tables.events,
+    "data": tables.data,
+    "search": search,
+}

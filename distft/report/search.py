@@ -35,8 +35,8 @@ def search(facts: Facts) -> dict[str, Any] | None:
         "better": "lower" if mode == "min" else "higher",
         "best": best and {"id": best.id, "score": score(best.objective), "settings": settings(best.params)},
         "counts": facts.search.get("trials", {}),
-        "tokens": facts.search.get("tokens"),
-        "without_stopping": facts.search.get("tokens_without_stopping"),
+        "tokens": _count(facts.search.get("tokens")),
+        "without_stopping": _count(facts.search.get("tokens_without_stopping")),
         "names": [short[name] for name in names],
         "rows": [
             {
@@ -56,6 +56,10 @@ def search(facts: Facts) -> dict[str, Any] | None:
         "curves": _curves(facts.trials, metric, mode, best),
         "parallel": _parallel(facts, metric, mode),
     }
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else ""
 
 
 def _objective(facts: Facts) -> tuple[str, Literal["min", "max"]]:

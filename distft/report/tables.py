@@ -56,7 +56,7 @@ def scores(facts: Facts) -> list[dict[str, Any]]:
                 }
             )
         headings = [("labels' shares" if classes and kind == "base" else HEADINGS[kind]) for kind in columns]
-        documents = max(its["n"] for column in columns.values() for its in column.values())
+        documents = f"{max(its['n'] for column in columns.values() for its in column.values()):,}"
         found.append({"split": split, "documents": documents, "headings": headings, "rows": rows})
     return found
 
@@ -97,17 +97,25 @@ def classes(facts: Facts) -> dict[str, Any] | None:
     return {
         "split": split,
         "names": names,
-        "rows": [{"name": name, "number": names.index(name) + 1, **labels[name]} for name in shown],
+        "rows": [
+            {
+                "name": name,
+                "number": names.index(name) + 1,
+                "shares": [f"{labels[name][share]:.3f}" for share in ("precision", "recall", "f1")],
+                "support": f"{labels[name]['support']:,}",
+            }
+            for name in shown
+        ],
         "hidden": len(names) - len(shown),
         "matrix": [_shaded(row) for row in matrix] if len(names) <= MATRIX_CLASSES else None,
         "confused": [{"count": count, "truth": truth, "taken": taken} for count, truth, taken in confused[:10]],
     }
 
 
-def _shaded(row: Sequence[int]) -> list[dict[str, int]]:
+def _shaded(row: Sequence[int]) -> list[dict[str, Any]]:
     """A row's counts, each with its share of the row in whole percents."""
     total = max(1, sum(row))
-    return [{"count": count, "share": round(100 * count / total)} for count in row]
+    return [{"count": f"{count:,}", "share": round(100 * count / total)} for count in row]
 
 
 def examples(facts: Facts) -> dict[str, Any] | None:
@@ -119,7 +127,7 @@ def examples(facts: Facts) -> dict[str, Any] | None:
             for one in found["examples"]:
                 groups.setdefault(str(one.get("place", "")), []).append(_cut_texts(one))
             title = title_of(str(found.get("metric")), classes="classes" in facts.scores)
-            return {"split": split, "metric": title, "documents": found.get("documents"), "groups": groups}
+            return {"split": split, "metric": title, "documents": f"{found['documents']:,}", "groups": groups}
     if facts.answers:
         texts = [_cut_texts({"text": one.get("prompt"), **one}) for one in facts.answers[:9]]
         split = str(facts.answers[0].get("split", "test"))
@@ -186,20 +194,20 @@ def data(facts: Facts) -> dict[str, Any] | None:
         splits.append(
             {
                 "name": split,
-                "documents": sum(rows.get(split, {}).values()),
-                "rows": card.get("packed", {}).get(split, 0),
-                "tokens": counts.get("all", 0),
-                "supervised": counts.get("supervised", 0),
+                "documents": f"{sum(rows.get(split, {}).values()):,}",
+                "rows": f"{card.get('packed', {}).get(split, 0):,}",
+                "tokens": f"{counts.get('all', 0):,}",
+                "supervised": f"{counts.get('supervised', 0):,}",
                 "fill": f"{counts.get('all', 0) / room:.1%}" if room else "-",
                 "fates": ", ".join(f"{fate} {count:,}" for fate, count in rows.get(split, {}).items()) or "-",
             }
         )
     leaks = card.get("leaks", {})
     return {
-        "source": card.get("source", {}),
+        "source": "{rows:,} rows from {files:,} files".format(**card["source"]),
         "fingerprint": str(card.get("fingerprint", ""))[:12],
         "splits": splits,
-        "lengths": card.get("lengths", {}),
+        "lengths": _lengths(card),
         "histogram": list(_histogram(card.get("lengths", {}).get("histogram", {}))),
         "facts": [
             (name, fact if isinstance(fact, str) else json.dumps(fact, ensure_ascii=False))
@@ -207,13 +215,24 @@ def data(facts: Facts) -> dict[str, Any] | None:
         ],
         "labels": list(_label_counts(card.get("labels", {}))),
         "leaks": [_leak(kind, leaks[kind]) for kind in ("exact", "near") if kind in leaks],
-        "copies": leaks.get("exact", {}).get("within", {}),
+        "copies": {split: f"{count:,}" for split, count in leaks.get("exact", {}).get("within", {}).items()},
         "fates": [
             {"fate": fate, "places": [f"{place['source']} row {place['row']:,}" for place in places]}
             for fate, places in card.get("examples", {}).items()
         ],
-        "cut": card.get("cut", {}),
     }
+
+
+def _lengths(card: Mapping[str, Any]) -> str:
+    """Tokens a document, and what was cut off."""
+    found = card.get("lengths", {})
+    names = {"min": "min", "median": "median", "p95": "95 % up to", "max": "max"}
+    told = [f"{title} {found[name]:,}" for name, title in names.items() if name in found]
+    cuts = [
+        f"cut off {split}: {its['tokens']:,} tokens in {its['documents']:,} documents"
+        for split, its in card.get("cut", {}).items()
+    ]
+    return "; ".join([", ".join(told), *cuts])
 
 
 def _histogram(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -223,7 +242,11 @@ def _histogram(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         begun = begun or count > 0
         if begun:
-            yield {"range": f"{low:,} to {high - 1:,}", "count": count, "percent": round(100 * count / max(1, most), 1)}
+            yield {
+                "range": f"{low:,} to {high - 1:,}",
+                "count": f"{count:,}",
+                "percent": round(100 * count / max(1, most), 1),
+            }
 
 
 def _label_counts(labels: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -231,7 +254,7 @@ def _label_counts(labels: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         total = sum(counts.values())
         if total:
             most = sorted(counts.items(), key=lambda item: -item[1])
-            told = [(name, count, f"{count / total:.1%}") for name, count in most[:20]]
+            told = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in most[:20]]
             yield {"split": split, "counts": told, "hidden": max(0, len(most) - 20)}
 
 
@@ -248,7 +271,8 @@ def _leak(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
         for pair in found.get("listed", [])[:10]
     ]
     title = "Exact copies across splits" if kind == "exact" else "Nearly the same across splits"
-    return {"title": title, "documents": found.get("documents", 0), "pairs": pairs}
+    documents = found.get("documents", 0)
+    return {"title": title, "found": documents > 0, "documents": f"{documents:,}", "pairs": pairs}
 
 
 def decisions(facts: Facts) -> list[dict[str, str]]:

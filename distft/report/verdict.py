@@ -112,6 +112,13 @@ def _chance(change: Mapping[str, float]) -> str:
 
 def judge(facts: Facts) -> Verdict:
     """The verdict on a run in whatever state."""
+    try:
+        return _judge(facts)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return Verdict("hold", "It cannot be judged", "Its files are damaged, or of another version.", ())
+
+
+def _judge(facts: Facts) -> Verdict:
     metric = facts.headline
     change = facts.scores.get("difference", {}).get("test", {}).get(metric) if metric else None
     if facts.status not in ("finished", "trained"):

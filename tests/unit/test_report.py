@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import tempfile
 import time
@@ -280,6 +281,43 @@ def test_a_run_is_shown_as_what_it_is(tmp_path: Path, harm: object, title: str, 
     json.dumps(told.as_json(), allow_nan=False)
 
 
+def leaves(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    return int(left.value.code or 0)
+
+
+def spoilt(value: Any, draw: random.Random) -> Any:
+    """The same with one value in it that is not what it should be."""
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        key = draw.choice(list(value))
+        return {**value, key: spoilt(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.9:
+        place = draw.randrange(len(value))
+        return [*value[:place], spoilt(value[place], draw), *value[place + 1 :]]
+    return draw.choice([None, "?", -1, 1.5, [], {}, [1], {"a": 1}, True])
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_a_file_holds_there_is_a_page(tmp_path: Path, seed: int) -> None:
+    run = run_of(KINDS[seed % 3], tmp_path / "run", steps=6, searched=3, kill=4)
+    draw = random.Random(seed)
+    for path in (run.result, run.resolved, run.environment, run.card, run.evaluation, run.examples, run.search_summary):
+        value = read_json(path)
+        for _ in range(3):
+            value = spoilt(value, draw)
+        path.write_text(json.dumps(value))
+    lines = run.metrics.read_text().splitlines()
+    spoilt_lines = [json.dumps(spoilt(json.loads(line), draw)) if draw.random() < 0.3 else line for line in lines]
+    run.metrics.write_text("\n".join(spoilt_lines))
+    text = Seen(render(read(run))).text
+    assert "How to get this again" in text
+    assert "run: report" in text
+    assert "2 runs compared" in compared([read(run), read(run)])
+    assert leaves("show", str(run.folder)) == leaves("show", str(run.folder), "--json") == 0
+    assert leaves("runs", "--runs", str(tmp_path)) == 0
+
+
 def test_a_run_that_goes_on_is_no_broken_one(tmp_path: Path) -> None:
     run = run_of("language_modeling", tmp_path / "run", status="running")
     last = json.loads(run.metrics.read_text().splitlines()[-2])
@@ -341,12 +379,6 @@ def test_a_list_of_runs_reads_the_ends_of_long_files_only(tmp_path: Path) -> Non
     assert found["long"].bytes > run.metrics.stat().st_size
     assert (found["short"].metric, found["short"].better) == ("chrf", True)
     assert runs_in(tmp_path / "nowhere") == []
-
-
-def leaves(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    return int(left.value.code or 0)
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def followers(job: Job, run: Run) -> list[Follower]:
     if track.tensorboard:
         starts.append(("TensorBoard", lambda: TensorBoard(run)))
     if track.mlflow is not None:
-        address = track.mlflow if "://" in track.mlflow else str(job.folder / track.mlflow)
+        address = track.mlflow if "://" in track.mlflow else f"sqlite:///{job.folder / track.mlflow}"
         starts.append(("MLflow", lambda: MLflow(address, job, run)))
     if track.wandb is not None:
         project = track.wandb
@@ -226,7 +226,7 @@ class MLflow:
     """A run in MLflow's experiment ``distft``, or that of MLFLOW_EXPERIMENT_NAME; taken up again on resume.
 
     Args:
-        address: A tracking server's or a database's URI, or a folder.
+        address: A tracking server's or a database's URI.
         job: Its settings become parameters.
         run: Its name becomes the run's.
     """

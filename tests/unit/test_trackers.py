@@ -157,11 +157,10 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
 
 def test_mlflow_keeps_steps_settings_and_the_end(tmp_path: Path) -> None:
     client = pytest.importorskip("mlflow.tracking", reason="needs the extra mlflow")
-    address = f"sqlite:///{tmp_path}/mlflow.db"
-    job, run = tracked(tmp_path, mlflow=address)
+    job, run = tracked(tmp_path, mlflow="mlflow.db")
     report(run, followers(job, run))
     assert complaints(run) == []
-    store = client.MlflowClient(address)
+    store = client.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     name = read_json(run.folder / "tracking.json")["mlflow"]
     kept = store.get_run(name)
     assert (kept.info.run_name, kept.info.status) == ("sea", "FINISHED")

@@ -47,6 +47,7 @@ class Facts:
         events: ``event`` lines, in order.
         lines: All lines of ``metrics.jsonl``, in order.
         spent: Where the time went; None where that cannot be told.
+        plan: ``plan.json``: what was predicted of the run, and what was measured; of runs that were planned.
         answers: ``answers.jsonl``.
         examples: ``examples.json``: documents that were scored, from the worst to the best.
         trials: The trials of its search.
@@ -67,6 +68,7 @@ class Facts:
     events: list[Record]
     lines: list[Record]
     spent: Goodput | None
+    plan: Record
     answers: list[Record]
     examples: Record
     trials: list[Trial]
@@ -164,6 +166,7 @@ def read(run: Run, *, whole: bool = True) -> Facts:
         events=[line for line in lines if line["kind"] == "event"],
         lines=lines,
         spent=_spent(lines, problems) if lines and whole else None,
+        plan=document(run.folder / "plan.json"),
         answers=_lines(run.answers, problems, kinds=False) if whole else [],
         examples=document(run.examples) if whole else {},
         trials=(_try(lambda: read_trials(run.trials), run.trials, problems) or []) if whole else [],

@@ -235,6 +235,7 @@ PARTS: dict[str, Callable[[Facts], Any]] = {
     "sample": _sample,
     "charts": _charts,
     "times": tables.times,
+    "plan": tables.plan,
     "events": tables.events,
     "data": tables.data,
     "search": search,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from distft.config import Job
 from distft.errors import DistftError
 from distft.report.facts import Facts, Record
 from distft.report.verdict import gained, number, title_of
-from distft.report.words import duration, moment
+from distft.report.words import duration, moment, size
 from distft.task.metrics import METRICS
 
 HEADINGS = {"base": "base", "best": "tuned", "last": "last", "difference": "difference (paired)"}
@@ -164,6 +164,27 @@ def times(facts: Facts) -> list[dict[str, Any]]:
         for name, seconds in parts
         if seconds > 0
     ]
+
+
+def plan(facts: Facts) -> list[dict[str, str]]:
+    """What was predicted of the run beside what was measured, figure by figure."""
+    say: dict[str, Callable[[float], str]] = {"bytes": size, "seconds": duration}
+    predicted, measured = (facts.plan.get(part) or {} for part in ("predicted", "measured"))
+    rows = []
+    for name in (name for name in predicted if name in measured):
+        expected, found = predicted[name], measured[name]
+        if not found:
+            continue
+        text = say.get(name.rpartition("_")[2], lambda value: f"{value:,.4g}")
+        rows.append(
+            {
+                "name": name.replace("_per_", " per ").replace("_bytes", "").replace("_seconds", "").replace("_", " "),
+                "predicted": text(expected),
+                "measured": text(found),
+                "error": f"{expected / found - 1:+.0%}",
+            }
+        )
+    return rows
 
 
 def events(facts: Facts) -> dict[str, Any]:

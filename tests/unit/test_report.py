@@ -29,7 +29,7 @@ from distft.report.compare import differing
 from distft.report.compare import render as compared
 from distft.report.facts import Facts, read
 from distft.report.page import render, write
-from distft.report.tables import settings_beyond
+from distft.report.tables import plan, settings_beyond
 from distft.report.verdict import judge, sentence_case
 from distft.report.words import size
 from distft.runs import Run, append_line, read_json, update_result, write_json
@@ -108,6 +108,20 @@ def test_a_chart_says_in_words_and_numbers_what_it_draws() -> None:
     lens = json.loads(drawn.lens)
     assert lens["lines"][0]["x"] == x.tolist()
     assert "9" in lens["lines"][0]["y"]
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    run = run_of("language_modeling", tmp_path / "run", steps=4)
+    assert plan(read(run)) == []
+    predicted = {"peak_memory_bytes": 4.4e9, "step_seconds": 18.0, "tokens_per_second": 110.0, "parameters": 1e8}
+    measured = {"peak_memory_bytes": 4.0e9, "step_seconds": 20.0, "tokens_per_second": 100.0, "steps": 12}
+    write_json(run.folder / "plan.json", {"predicted": predicted, "measured": measured})
+    assert [tuple(row.values()) for row in plan(read(run))] == [
+        ("peak memory", "4.4 GB", "4 GB", "+10%"),
+        ("step", "18 s", "20 s", "-10%"),
+        ("tokens per second", "110", "100", "+10%"),
+    ]
+    assert "Plan against measured" in render(read(run))
 
 
 def test_a_chart_without_a_point_is_none() -> None:

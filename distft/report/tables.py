@@ -175,7 +175,7 @@ def plan(facts: Facts) -> list[dict[str, str]]:
         expected, found = predicted[name], measured[name]
         if not found:
             continue
-        text = say.get(name.rpartition("_")[2], lambda value: f"{value:,.4g}")
+        text = say.get(name.rpartition("_")[2], _amount)
         rows.append(
             {
                 "name": name.replace("_per_", " per ").replace("_bytes", "").replace("_seconds", "").replace("_", " "),
@@ -185,6 +185,10 @@ def plan(facts: Facts) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.4g}"
 
 
 def events(facts: Facts) -> dict[str, Any]:

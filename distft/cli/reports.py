@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from distft.report.brief import Brief
+    from distft.report.facts import Facts
+    from distft.report.verdict import Verdict
 
 #: How a state looks in the list; what it says is there in words too.
 STYLES = {"finished": "green", "failed": "red", "silent": "yellow", "interrupted": "yellow", "running": "cyan"}
+MARKS = {"good": "✓", "note": "!", "bad": "✗"}
+#: A part of the time that is shorter says nothing.
+SHORT_SECONDS = 0.1
 CHANGES = {True: "better", False: "worse", None: "unclear"}
 
 
@@ -136,7 +141,7 @@ def files(folder: Path) -> dict[str, int]:
     }
 
 
-def lines(one: Brief, facts: Any, verdict: Any) -> list[str]:
+def lines(one: Brief, facts: Facts, verdict: Verdict) -> list[str]:
     """A run for a person, short."""
     from distft.cli.tables import score_lines
     from distft.report.tables import decisions
@@ -156,12 +161,10 @@ def lines(one: Brief, facts: Any, verdict: Any) -> list[str]:
         found = score_lines(facts.scores, split) if facts.scores else []
         told += ["", *found] if found else []
     if facts.spent is not None and facts.spent.wall > 0:
-        parts = ", ".join(f"{name.replace('_', ' ')} {duration(its)}" for name, its in facts.spent.parts.items() if its)
+        long = {name: seconds for name, seconds in facts.spent.parts.items() if seconds >= SHORT_SECONDS}
+        parts = ", ".join(f"{name.replace('_', ' ')} {duration(seconds)}" for name, seconds in long.items())
         told += ["", f"Goodput {facts.spent.share:.1%} of {duration(facts.spent.wall)}: {parts}"]
     decided = [f"{its['key']} = {its['value']}: {its['reason']}" for its in decisions(facts)]
     told += ["", *decided] if decided else []
     held = ", ".join(f"{name} {size(count)}" for name, count in files(facts.run.folder).items() if count)
     return [*told, "", f"{facts.run.folder}", f"  {held}"]
-
-
-MARKS = {"good": "✓", "note": "!", "bad": "✗"}

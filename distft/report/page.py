@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import shlex
@@ -64,6 +65,8 @@ def put(page: str, to: Path) -> Path:
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(to)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise JobError(
             f"the report cannot be written: {error.strerror}",
             where=str(to),

@@ -124,6 +124,14 @@ def test_what_was_predicted_stands_beside_what_was_measured(tmp_path: Path) -> N
     assert "Plan against measured" in render(read(run))
 
 
+def test_of_an_older_run_the_first_answers_are_shown(tmp_path: Path) -> None:
+    run = run_of("generation", tmp_path / "run", steps=4, text="the answer of an older run")
+    run.examples.unlink()
+    text = Seen(render(read(run))).text
+    assert "First in the data" in text
+    assert text.count("the answer of an older run") > 3
+
+
 def test_a_chart_without_a_point_is_none() -> None:
     empty = np.array([])
     assert (
@@ -459,6 +467,7 @@ def test_a_page_is_whole_or_not_there(tmp_path: Path) -> None:
     run.report.mkdir()
     with pytest.raises(JobError, match="cannot be written"):
         write(run)
+    assert not list(run.folder.glob("*.part"))
 
 
 def luminance(colour: str) -> float:

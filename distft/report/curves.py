@@ -136,14 +136,12 @@ def _memory(facts: Facts, steps: Values, marks: tuple[Mark, ...]) -> Chart | Non
         return Chart(
             "memory", "Peak memory of the fullest rank (GB)", (Line("fullest rank", steps, most),), marks=marks
         )
-    each = np.full((ranks, len(steps)), np.nan)
-    for place, line in enumerate(facts.steps):
-        found = line.get("rank_peak_memory_bytes") or ()
-        each[: len(found), place] = [one / 1e9 for one in found]
+    found = [line.get("rank_peak_memory_bytes") or () for line in facts.steps]
     if ranks <= len(SERIES):
-        lines = tuple(Line(f"rank {rank}", steps, each[rank], SERIES[rank]) for rank in range(ranks))
+        each = np.array([[its[rank] if rank < len(its) else np.nan for its in found] for rank in range(ranks)])
+        lines = tuple(Line(f"rank {rank}", steps, each[rank] / 1e9, SERIES[rank]) for rank in range(ranks))
     else:
-        least = np.nanmin(np.where(np.isnan(each).all(0), 0.0, each), axis=0)
+        least = np.array([min(its, default=np.nan) for its in found]) / 1e9
         lines = (Line("fullest rank", steps, most, "a"), Line("emptiest rank", steps, least, "b"))
     return Chart("memory", "Peak memory by rank (GB)", lines, marks=marks)
 

@@ -27,6 +27,7 @@ from distft.report.brief import brief, runs_in
 from distft.report.charts import Chart, Line, Mark, running_mean, thin
 from distft.report.compare import differing
 from distft.report.compare import render as compared
+from distft.report.curves import curves
 from distft.report.facts import Facts, read
 from distft.report.page import render, write
 from distft.report.tables import plan, settings_beyond
@@ -221,6 +222,21 @@ def test_pictures_have_a_text_beside_them_and_ids_are_single(tmp_path: Path) -> 
     ids = [value for name, value in Seen(made).attributes if name == "id"]
     assert sorted(set(ids)) == sorted(ids)
     assert {"loss", "accuracy", "learning-rate", "grad-norm", "speed", "memory", "search-curves"} <= set(ids)
+
+
+@pytest.mark.parametrize(
+    ("workers", "labels"),
+    [(3, ["rank 0", "rank 1", "rank 2"]), (9, ["fullest rank", "emptiest rank"])],
+)
+def test_memory_is_drawn_by_rank_as_long_as_they_can_be_told_apart(
+    tmp_path: Path, workers: int, labels: list[str]
+) -> None:
+    facts = read(run_of("language_modeling", tmp_path / "run", steps=8, workers=workers))
+    (chart,) = (chart for chart in curves(facts) if chart.key == "memory")
+    assert [line.label for line in chart.lines] == labels
+    peaks = facts.steps[3]["rank_peak_memory_bytes"]
+    wanted = peaks if workers == 3 else [max(peaks), min(peaks)]
+    assert [line.y[3] for line in chart.lines] == pytest.approx([peak / 1e9 for peak in wanted])
 
 
 def test_restarts_and_resizes_are_marked_and_steps_done_again_are_shown_once(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from distft.runs import Run, read_json, read_lines
 from distft.train import trackers
 from distft.train.reporter import FileReporter
 from distft.train.trackers import Follower, followers, measurements, refuse_absent, settings
+from tests.support import free_port
 from tests.unit.tiny_runs import job_of, training_lines
 
 LINES = training_lines(12, kill=7)
@@ -135,24 +135,25 @@ def tracked(tmp_path: Path, **track: Any) -> tuple[Job, Run]:
     return job_of("language_modeling", tmp_path, track={"tensorboard": False, **track}), Run(tmp_path / "runs" / "sea")
 
 
-def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+def losses_of(run: Run) -> list[tuple[int, float]]:
+    """Training losses by step in TensorBoard's files."""
     from tensorboardX.proto.event_pb2 import Event
 
-    job, run = tracked(tmp_path, tensorboard=True)
-    report(run, followers(job, run))
     (file,) = (run.folder / "tensorboard").iterdir()
     content, place, found = file.read_bytes(), 0, []
     while place < len(content):  # TFRecord: length, its check, the event, its check
         length = int.from_bytes(content[place : place + 8], "little")
-        found.append(Event.FromString(content[place + 12 : place + 12 + length]))
+        told = Event.FromString(content[place + 12 : place + 12 + length])
+        found += [(told.step, one.simple_value) for one in told.summary.value if one.tag == "train/loss"]
         place += length + 16
-    losses = [
-        (one.step, one.summary.value[0].simple_value)
-        for one in found
-        if one.summary.value and one.summary.value[0].tag == "train/loss"
-    ]
+    return found
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    job, run = tracked(tmp_path, tensorboard=True)
+    report(run, followers(job, run))
     told = [(line["step"], pytest.approx(line["loss"])) for line in LINES if line["kind"] == "train"]
-    assert losses == told
+    assert losses_of(run) == told
 
 
 def test_mlflow_keeps_steps_settings_and_the_end(tmp_path: Path) -> None:
@@ -175,9 +176,7 @@ def test_mlflow_keeps_steps_settings_and_the_end(tmp_path: Path) -> None:
 def test_mlflow_that_is_not_there_costs_training_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow.tracking", reason="needs the extra mlflow")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]  # free again, and nobody's, when it is asked
-    job, run = tracked(tmp_path, mlflow=f"http://127.0.0.1:{port}")
+    job, run = tracked(tmp_path, mlflow=f"http://127.0.0.1:{free_port()}")
     assert report(run, followers(job, run)) < 1.0
     (told,) = complaints(run)
     assert told.startswith("MLflow failed: ")
@@ -237,9 +236,8 @@ print(*complaints(run), sep="\\n")
 
 def test_wandb_that_is_not_there_costs_training_nothing(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="needs the extra wandb")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    reached = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": 40 * "0"}
+    address = f"http://127.0.0.1:{free_port()}"
+    reached = {"WANDB_MODE": "online", "WANDB_BASE_URL": address, "WANDB_API_KEY": 40 * "0"}
     command = [sys.executable, "-c", UNREACHABLE, str(tmp_path)]
     ended = subprocess.run(
         command,
@@ -251,3 +249,27 @@ def test_wandb_that_is_not_there_costs_training_nothing(tmp_path: Path) -> None:
     )
     told = "Weights & Biases did not take everything within 3 s of the end; training goes on without it"
     assert ended.stdout.splitlines() == [told], ended.stderr
+
+
+@pytest.mark.usefixtures("module_cache")
+def test_a_training_run_tells_its_trackers_and_each_ranks_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tracker that works and one that nobody answers, beside a real training."""
+    from distft.task.prepare import prepare
+    from distft.train.worker import work
+    from distft.world import World
+    from tests.distributed import tiny
+
+    tiny.make(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    job = tiny.job(tmp_path, "track.tensorboard=true", f"track.mlflow=http://127.0.0.1:{free_port()}")
+    run = tiny.run_of(tmp_path, "tracked")
+    work(job, World(), run, prepare(job, tmp_path / "model"), tmp_path / "model", kind="plain")
+    lines = list(read_lines(run.metrics))
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert len(steps) == 20
+    assert all(line["rank_peak_memory_bytes"] == [line["peak_memory_bytes"]] for line in steps)
+    (told,) = complaints(run)
+    assert told.startswith("MLflow failed: ")
+    assert [step for step, _ in losses_of(run)] == list(range(1, 21))

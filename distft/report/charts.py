@@ -183,6 +183,9 @@ def draw(chart: Chart) -> Drawn | None:
         axes.axvline(mark.x, color=STAND_INS[mark.colour], linewidth=1.2, linestyle=(0, (3, 2)), zorder=1)
     dress(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    places = np.concatenate([line.x[np.isfinite(line.y)] for line in lines])
+    if np.ptp(places) == 0:  # one place has no scale
+        axes.set_xlim(places[0] - 1, places[0] + 1)
     axes.xaxis.set_major_formatter(lambda value, _: thousands(value))
     whole = all((line.y[np.isfinite(line.y)] % 1 == 0).all() for line in lines)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=whole))

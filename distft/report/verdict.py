@@ -163,15 +163,15 @@ def _finding(facts: Facts, metric: str | None) -> str:
         return f"There is no score of {base_of(scores)} beside the tuned model's.{known}"
     before, after = (scores.get(model, {}).get("test", {}).get(metric) for model in ("base", "best"))
     values = f" from {number(before['value'])} to {number(after['value'])}" if before and after else ""
-    name = plain(metric)
-    side = "lower" if change["value"] < 0 else "higher"
+    name = sentence_case(plain(metric))
     low, high = sorted((abs(change["low"]), abs(change["high"])))
     certain = change["low"] * change["high"] > 0
     ends = f"{number(low)} to {number(high)}" if certain else f"{number(change['low'])} to {number(change['high'])}"
-    return (
-        f"{sentence_case(name)} went{values}: {number(abs(change['value']))} {side} than {base_of(scores)} "
-        f"(95 % interval {ends}, paired, {change['n']:,.0f} documents of the test split)."
-    )
+    sure = f"(95 % interval {ends}, paired, {change['n']:,.0f} documents of the test split)"
+    if change["value"] == 0:
+        return f"{name} is the same as that of {base_of(scores)} {sure}."
+    side = "lower" if change["value"] < 0 else "higher"
+    return f"{name} went{values}: {number(abs(change['value']))} {side} than {base_of(scores)} {sure}."
 
 
 def _reasons(facts: Facts, metric: str | None) -> Iterator[Reason]:

@@ -164,6 +164,15 @@ def test_the_verdict_follows_from_the_interval(
         )
 
 
+def test_what_did_not_change_is_said_to_be_the_same(tmp_path: Path) -> None:
+    run = run_of("language_modeling", tmp_path / "run", steps=4)
+    write_json(run.evaluation, scores(perplexity=(0.0, 0.5)))
+    assert judge(read(run)).finding == (
+        "Perplexity is the same as that of the base model "
+        "(95 % interval -0.5000 to 0.5000, paired, 80 documents of the test split)."
+    )
+
+
 def test_what_speaks_against_a_better_model_is_said(tmp_path: Path) -> None:
     run = run_of("generation", tmp_path / "run")
     found = scores(chrf=(5.0, 1.0), stop_rate=(0.0, 1.0))

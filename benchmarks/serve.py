@@ -119,7 +119,7 @@ async def timed(http: httpx.AsyncClient, model: str, prompt: str) -> Timed:
     async for piece in pieces(http, {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS}):
         last = time.perf_counter()
         first = first or last
-        if piece["usage"]:
+        if piece.get("usage"):
             tokens = piece["usage"]["completion_tokens"]
     return Timed(first - began, (last - first) / max(1, tokens - 1), tokens)
 
@@ -157,7 +157,7 @@ for repeat in range(2):
     began = time.perf_counter()
     written = model.generate_batch(inputs, generation_config=settings, continuous_batching_config=batching)
     tokens = sum(len(one.generated_tokens) for one in written.values())
-    print(tokens / (time.perf_counter() - began))
+    print("RATE", tokens / (time.perf_counter() - began))
 """
 
 
@@ -170,7 +170,7 @@ for repeat in range(2):
     began = time.perf_counter()
     written = model.generate(prompts, SamplingParams(temperature=0, max_tokens=count), use_tqdm=False)
     tokens = sum(len(one.outputs[0].token_ids) for one in written)
-    print(tokens / (time.perf_counter() - began))
+    print("RATE", tokens / (time.perf_counter() - began))
 """
 
 
@@ -188,7 +188,8 @@ def alone(run: Run, script: str = ALONE) -> float:
         stdout=subprocess.PIPE,
         env={**VLLM, **os.environ, **threads},
     )
-    return float(told.stdout.split()[-1])
+    # The libraries print too.
+    return float([line for line in told.stdout.splitlines() if line.startswith("RATE ")][-1].split()[1])
 
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

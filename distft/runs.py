@@ -83,6 +83,16 @@ class Run:
         return self.folder / "answers.jsonl"
 
     @property
+    def examples(self) -> Path:
+        """Documents that were scored, from the worst to the best, with what the models made of them."""
+        return self.folder / "examples.json"
+
+    @property
+    def report(self) -> Path:
+        """The run on one page, for a browser."""
+        return self.folder / "report.html"
+
+    @property
     def export(self) -> Path:
         """The Hugging Face folder."""
         return self.folder / "export"

@@ -25,6 +25,7 @@ from distft.cli.arguments import (
 from distft.cli.doctor import doctor
 from distft.cli.planning import plan
 from distft.cli.proving import audit, blame, chaos, verify
+from distft.cli.reports import report, runs, show
 from distft.cli.submission import logs, status, stop, submit
 from distft.errors import DistftError, JobError
 from distft.log import quieten_libraries
@@ -49,8 +50,22 @@ def options(
 
 
 @app.command()
-def check(job: JobFile, set_: Overrides = None, as_json: Json = False) -> None:
+def check(
+    job: Annotated[Path | None, typer.Argument(metavar="JOB", help="The job file (YAML).")] = None,
+    set_: Overrides = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print every key of a job file, with what it takes, as Markdown.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Read and validate the job file; every error at once."""
+    if reference:
+        from distft.config.reference import reference as describe
+
+        typer.echo(describe(), nl=False)
+        return
+    if job is None:
+        raise JobError("which job file?", where="JOB", fix="distft check JOB.yaml")
     checked = load(job, set_)
     if as_json:
         print_json({"job": str(job), "ok": True, "settings": checked.dump()})
@@ -96,7 +111,7 @@ def prepare(
 
 @app.command()
 def run(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
-    """The whole way: prepare, search, train, export, evaluate."""
+    """The whole way: prepare, search, train, export, evaluate, report."""
     from distft.cli.tables import summary
     from distft.orchestrate.run import run as whole_way
 
@@ -267,7 +282,7 @@ def serve(
             wait_for_stop(answering.check)
 
 
-for _command in (plan, audit, blame, verify, chaos, submit, status, logs, stop, doctor):
+for _command in (plan, report, runs, show, audit, blame, verify, chaos, submit, status, logs, stop, doctor):
     app.command()(_command)
 
 

@@ -148,7 +148,7 @@ def next_lines(id: str, url: str) -> Iterator[str]:
 
 def status_line(job: Submitted, last: str) -> str:
     """A job for a person: id, status, run, for how long, its last words."""
-    from distft.cli.view import duration
+    from distft.report.words import duration
 
     spent = duration((job.ended or time.time()) - job.began)
     ended = f" (exit status {job.exit_status})" if job.exit_status else ""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distft.config import Job
+from distft.report.verdict import sentence as verdict
+from distft.report.verdict import title_of
 from distft.runs import Run, read_json
 from distft.task.metrics import METRICS, headline
 from distft.train.folder import job_of
@@ -17,22 +19,6 @@ from distft.train.folder import job_of
 #: The command as a person can type it, also where the environment is not activated; found before any stage runs, since
 #: the engine puts the environment's scripts on the path.
 DISTFT = "distft" if shutil.which("distft") else sys.argv[0]
-#: Metrics whose name says too little.
-TITLES = {
-    "bits_per_byte": "bits per byte",
-    "loss": "loss (nats per token)",
-    "macro_f1": "macro F1",
-    "calibration_error": "calibration error",
-    "bleu": "BLEU (0 to 100)",
-    "chrf": "chrF (0 to 100)",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "exact_match": "exact match",
-    "token_f1": "token F1",
-    "stop_rate": "stop rate",
-    "length": "tokens per answer",
-}
 HEADINGS = {"base": "base", "best": "tuned", "last": "last", "difference": "difference (paired)"}
 #: The most classes whose confusion matrix is shown, and the most that have lines of their own.
 MATRIX_CLASSES, LISTED_CLASSES = 8, 20
@@ -61,7 +47,7 @@ def score_lines(scores: dict[str, Any], split: str) -> list[str]:
         f"  {'':<24}" + "".join(f"{headings[kind]:<32}" for kind in columns).rstrip(),
     ]
     for name in counts:
-        title = "loss (nats per text)" if classes and name == "loss" else TITLES.get(name, name)
+        title = title_of(name, classes=bool(classes))
         cells = "".join(f"{cell(column.get(name)):<32}" for column in columns.values())
         lines.append(f"  {title:<24}{cells}".rstrip())
     if any(kind != "base" for kind in classes):
@@ -102,32 +88,6 @@ def class_lines(classes: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def verdict(scores: dict[str, Any], split: str, metric: str) -> str:
-    """Whether the tuned model is better by its task's first metric, and how sure that is.
-
-    Args:
-        scores: ``evaluation.json``.
-        split: validation or test.
-        metric: The metric that tells (:func:`distft.task.metrics.headline`).
-    """
-    change = scores.get("difference", {}).get(split, {}).get(metric)
-    better = METRICS[metric].better
-    if change is None or better is None:
-        return ""
-    base = "the most common label" if "classes" in scores else "the base model"
-    by = f"in {TITLES.get(metric, metric).partition(' (')[0]}: the interval of the paired difference"
-    if change["low"] <= 0 <= change["high"]:
-        return f"No clear difference from {base} {by} includes zero. More steps or more data may tell."
-    gained = (change["value"] < 0) == (better == "lower")
-    return f"{'Better' if gained else 'Worse'} than {base} {by} excludes zero{_chance(change)}."
-
-
-def _chance(change: Mapping[str, float]) -> str:
-    if "p" not in change:
-        return ""
-    return " (p < 0.001)" if change["p"] < 0.001 else f" (p = {change['p']:.3f})"
-
-
 def summary(run: Run, job_file: Path) -> str:
     """The end of ``distft run``: scores, the same prompt by both models, where things are, what to try next.
 
@@ -149,6 +109,7 @@ def summary(run: Run, job_file: Path) -> str:
             *lines,
             f"Run     {run.folder}",
             f"Model   {run.export}  (transformers: {loads}.from_pretrained)",
+            *([f"Report  {run.report}"] if run.report.exists() else []),
             *([f"Answers {run.answers}"] if run.answers.exists() else []),
             "",
             "Next",

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from distft.cli.trials import ended_line, failure_lines, progress_line, shown, trial_table
+from distft.report.words import duration
 from distft.tuning.progress import SearchProgress
 from distft.tuning.trials import best_trial
 
@@ -123,15 +124,3 @@ def describe_step(record: dict[str, Any]) -> str:
     parts.append(f"{record['peak_memory_bytes'] / 1e9:.1f} GB")
     parts.append(f"{duration((record['steps'] - record['step']) * record['step_seconds'])} left")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """``0.4 s``, ``12 s``, ``3 min 05 s``, ``2 h 10 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

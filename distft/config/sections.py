@@ -312,6 +312,6 @@ class TrackSection(Section):
     tensorboard: bool = True
     """Whether event files are written in the run's folder."""
     mlflow: Text | None = None
-    """Address of an MLflow tracking server."""
+    """MLflow (an extra: pip install 'distft[mlflow]'): a tracking server's or a database's URI, or an SQLite file."""
     wandb: Text | None = None
-    """Name of a Weights & Biases project."""
+    """Weights & Biases (an extra: pip install 'distft[wandb]'): a project's name; WANDB_MODE=offline is heeded."""

@@ -30,8 +30,6 @@ class Unbuilt(NamedTuple):
 UNBUILT = (
     Unbuilt("model.dtype", lambda job: job.model.dtype == "fp16", "fp16", "use auto, bf16 or fp32"),
     Unbuilt("zero.offload", lambda job: job.zero.offload == "nvme", "offload to nvme", "use none or cpu"),
-    Unbuilt("track.mlflow", lambda job: job.track.mlflow is not None, "MLflow", "use tensorboard"),
-    Unbuilt("track.wandb", lambda job: job.track.wandb is not None, "Weights & Biases", "use tensorboard"),
 )
 
 

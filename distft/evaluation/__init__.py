@@ -6,12 +6,14 @@ other.
 """
 
 from distft.evaluation.bootstrap import DocumentScore, Estimate, classes, difference, merge, summarise
+from distft.evaluation.examples import Example, examples
 from distft.evaluation.score import Scored, Subject, Written, guesses, score
 from distft.evaluation.units import Question, Unit, deal, questions, units
 
 __all__ = [
     "DocumentScore",
     "Estimate",
+    "Example",
     "Question",
     "Scored",
     "Subject",
@@ -20,6 +22,7 @@ __all__ = [
     "classes",
     "deal",
     "difference",
+    "examples",
     "guesses",
     "merge",
     "questions",

@@ -23,6 +23,7 @@ from distft.export import export_base as write_base
 from distft.ledger.plan import plan_of
 from distft.orchestrate.cluster import Node, connected, worker_resources
 from distft.orchestrate.data import Data, prepare
+from distft.orchestrate.examples import Results, write_examples
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.score import score_on_cluster
 from distft.runs import Run, append_line, decision, event, read_json, update_result, write_json
@@ -191,6 +192,7 @@ def _score(
         _tell(run, written, split, job.evaluate.max_new_tokens, listener)
     scored = {model: evaluation.merge(one for part in parts for one in part.scores) for model, parts in results.items()}
     report = _report(job, run, scored, split, names, prepared.labels)
+    write_examples(job, run, data.model, prepared, Results(split, indices, scored, written))
     if split == "test" and "best" in compared:
         write_card(job, _checkpoint(job, run), run.export, dtype=decision(run, "model.dtype"), scores=report)
     return report

@@ -1,4 +1,4 @@
-"""The whole way of one run: prepare, search, train, export, evaluate. The stages meet in the run's folder."""
+"""The whole way of one run: prepare, search, train, export, evaluate, report. They meet in the run's folder."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from distft.orchestrate.signals import interruptible
 from distft.orchestrate.train.training import train as train_stage
 from distft.runs import Run, read_json, update_result, write_json
 from distft.train.folder import begin, run_folder
+from distft.train.trackers import refuse_absent
 from distft.world import runs_folder
 
 
 def run(
     job: Job, *, runs: Path | None = None, name: str | None = None, resume: bool = False, listener: Listener = SILENT
 ) -> Run:
-    """The whole way: prepare, search (where the job has such a section), train, export, evaluate.
+    """The whole way: prepare, search (where the job has such a section), train, export, evaluate, report.
 
     Args:
         job: What to run.
@@ -57,6 +58,7 @@ def run(
         export(made, listener=listener)
         evaluate_all(job, made, data, nodes, listener)
         update_result(made, status="finished", sample=sample(job, made, data))
+    report(made, listener)
     return made
 
 
@@ -68,6 +70,7 @@ def train(
     with _running(job, made, resume, listener) as (data, nodes):
         train_stage(job, made, data, nodes, listener)
         update_result(made, status="trained")
+    report(made, listener)
     return made
 
 
@@ -89,7 +92,21 @@ def search(
     with _running(job, made, resume, listener) as (data, nodes):
         search_stage(job, made, data, nodes, listener)
         update_result(made, status="searched")
+    report(made, listener)
     return made
+
+
+def report(made: Run, listener: Listener) -> None:
+    """Writes the run's page; a run whose page cannot be written is as good as any other, and a person is told."""
+    listener.stage("report")
+    try:
+        from distft.report.page import write
+
+        page = write(made)
+    except Exception as error:
+        listener.note(f"  no report: {' '.join(str(error).split()) or type(error).__name__}")
+    else:
+        update_result(made, paths={**read_json(made.result).get("paths", {}), "report": str(page)})
 
 
 @contextlib.contextmanager
@@ -107,6 +124,7 @@ def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[
         check_fit(job, nodes)
         heard = check_nodes(job, made, nodes, listener)
         _check_quantisation(job)
+        refuse_absent(job)
         data = prepare(job, listener)
         if not resume:
             begin(job, made)

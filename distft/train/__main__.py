@@ -21,6 +21,7 @@ from distft.runs import Run, StopRequest, write_json
 from distft.task.prepare import prepare
 from distft.train.folder import begin, run_folder
 from distft.train.outcome import Outcome
+from distft.train.trackers import refuse_absent
 from distft.train.worker import work
 from distft.world import World, runs_folder
 
@@ -47,6 +48,7 @@ def main() -> int:
 def train(arguments: argparse.Namespace, world: World) -> Outcome:
     """The way of one rank from the job file to the end of training."""
     job = Job.load(arguments.job, arguments.set)
+    refuse_absent(job)
     device = engines.device_of(world)
     engines.join(world, device)
     run = main_first(lambda: run_folder(job, arguments.runs, arguments.name, arguments.resume), world, device)

@@ -227,7 +227,8 @@ def step(training: Training, number: int, *, skip: bool = False) -> tuple[Record
         "data_seconds": clock.data_seconds,
         "tokens_per_second": 0.0 if skip else tokens / seconds,
         "mfu": 0.0 if skip else training.flops_per_token * tokens / seconds / (engine.world.size * training.peak_flops),
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": max(memory),
+        "rank_peak_memory_bytes": memory,
         "world_size": engine.world.size,
         "micro_batch_size": training.plan.micro_batch_size,
         "accumulation": len(micro_batches),
@@ -248,7 +249,9 @@ class _Clock:
         return time.perf_counter() - self.began
 
 
-def _exchange(training: Training, mine: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], int, bool, Orders]:
+def _exchange(
+    training: Training, mine: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], list[int], bool, Orders]:
     """The one exchange of numbers in a step.
 
     Args:
@@ -256,7 +259,7 @@ def _exchange(training: Training, mine: npt.NDArray[np.float64]) -> tuple[npt.ND
         mine: Loss sums of the step's rows, (rows,), 0 where another rank has the row.
 
     Returns:
-        Every row's loss sum, (rows,); the most memory of any rank, in bytes; whether a save is
+        Every row's loss sum, (rows,); the most memory that each rank held, in bytes; whether a save is
         complete, as every rank knows; and what rank 0 was asked to do.
     """
     engine, size = training.engine, training.engine.world.size
@@ -266,7 +269,7 @@ def _exchange(training: Training, mine: npt.NDArray[np.float64]) -> tuple[npt.ND
     written = float(training.saving.written)
     sums = engine.sum_over_ranks([*mine.tolist(), *memory, written, *asked])
     losses, rest = np.array(sums[: len(mine)]), sums[len(mine) :]
-    return losses, int(max(rest[:size])), rest[size] == size, Orders.decoded(rest[size + 1 :])
+    return losses, [int(one) for one in rest[:size]], rest[size] == size, Orders.decoded(rest[size + 1 :])
 
 
 def _row_losses(

@@ -1,14 +1,16 @@
-"""What training tells: the protocol, and the reporter that writes the run's files."""
+"""What training tells: the protocol, and the reporter that writes the run's files and tells its trackers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from distft.runs import Run, append_line
+from distft.runs import Run, append_line, event
+from distft.train.trackers import Follower, close_all
 
 Record = dict[str, Any]
 
@@ -34,22 +36,19 @@ class Reporter(Protocol):
 
 
 class FileReporter:
-    """Writes ``metrics.jsonl``, and TensorBoard's event files where asked for; on rank 0 alone.
+    """Writes ``metrics.jsonl``, and tells trackers; on rank 0 alone.
 
     Args:
         run: The run that is reported.
         is_main: Whether this is rank 0; the others write nothing.
-        tensorboard: Whether to write event files too.
+        trackers: Who else hears of it.
     """
 
-    def __init__(self, run: Run, *, is_main: bool, tensorboard: bool) -> None:
+    def __init__(self, run: Run, *, is_main: bool, trackers: Sequence[Follower] = ()) -> None:
         self._run = run
         self._is_main = is_main
-        self._board: Any = None
-        if is_main and tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(run.folder / "tensorboard"))
+        self._trackers = trackers
+        self._step = 0
 
     def train(self, record: Record) -> None:
         """See :class:`Reporter`."""
@@ -75,10 +74,17 @@ class FileReporter:
         if not self._is_main:
             return
         append_line(self._run.metrics, record)
-        if self._board is not None:
-            for name, value in record.items():
-                if isinstance(value, float) and name != "time":
-                    self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        self._step = record["step"]
+        for tracker in self._trackers:
+            if record["kind"] != "event":
+                tracker.tell(record)
+        self._complain()
+
+    def _complain(self) -> None:
+        """Tells what trackers went wrong, each once."""
+        for tracker in self._trackers:
+            if problem := tracker.problem():
+                append_line(self._run.metrics, event("tracker", self._step, problem))
 
     def __enter__(self) -> Self:
         return self
@@ -86,5 +92,6 @@ class FileReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._board is not None:
-            self._board.close()
+        if self._trackers:
+            close_all(self._trackers, ended_well=kind is None)
+            self._complain()

@@ -40,6 +40,7 @@ from distft.train.reporter import FileReporter, Record, Reporter
 from distft.train.resume import curve_settings, probe_loss, restore
 from distft.train.saving import Saving
 from distft.train.schedule import learning_rate
+from distft.train.trackers import followers
 from distft.train.watchdog import Watchdog
 from distft.world import World
 
@@ -104,7 +105,7 @@ def work(
     peak = peak_flops(hardware, DTYPES[choices.dtype.value]).flops
     expected = _forecast(job, shape, choices, world, hardware, peak, prepared, process_bytes)
     with (
-        FileReporter(run, is_main=world.is_main, tensorboard=job.track.tensorboard) as files,
+        FileReporter(run, is_main=world.is_main, trackers=followers(job, run) if world.is_main else ()) as files,
         Watchdog(run.logs / f"rank-{world.rank}.stack", attempt.stall_seconds) as watchdog,
     ):
         training, take_up = _training(
@@ -308,7 +309,8 @@ def _start(
     """Where to begin; says so, after making sure that checkpoints can be written."""
     engine, saving = training.engine, training.saving
     check_budget(job.checkpoint.budget_bytes, engine.state_bytes(), validated=len(training.validation) > 0)
-    before = engine.broadcast([line for line in read_lines(run.metrics) if line["kind"] == "event"])
+    told = [line for line in read_lines(run.metrics) if line["kind"] == "event" and line["event"] != "tracker"]
+    before = engine.broadcast(told)
     taken_up, problems = take_up(resume)
     progress = taken_up or Progress()
     for problem in problems:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -15,15 +14,7 @@ import torch
 
 from tests.unit.tiny_service import KEY, served
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (the extra dev)")
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver (Debian)"
-    ),
-]
+pytestmark = pytest.mark.browser
 #: All that the models can say: markup would show at once if the page took it for its own.
 WORDS = [" sea", " wind", " sail", " night,", "<script>document.title='taken'</script>", "<img src=x onerror=fail()>"]
 LABEL = "<b>storm</b>"
@@ -74,24 +65,6 @@ def server() -> Iterator[SimpleNamespace]:
         found.engines = engines
         yield found
     asyncio.run(service.close())
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",  # which root cannot have; the only pages here are ours
-        "--disable-dev-shm-usage",  # small in containers
-        "--disable-background-networking",
-        "--window-size=1280,900",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "INFO", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 class Page:

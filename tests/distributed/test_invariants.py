@@ -132,7 +132,7 @@ class Until(FileReporter):
     """Reports, and ends the process or the run after a step."""
 
     def __init__(self, run: Run, *, is_main: bool, kill: bool, step: int = 8) -> None:
-        super().__init__(run, is_main=is_main, tensorboard=False)
+        super().__init__(run, is_main=is_main)
         self._kill, self._step = kill, step
 
     def train(self, record: Record) -> None:

@@ -60,7 +60,7 @@ def happenings(folder: str) -> dict[str, Any]:
     home, world = Path(folder), World.from_environment()
     found: dict[str, Any] = {"whole": attempt(home, "whole")}
     run = tiny.run_of(home, "stopped")
-    found["stopped"] = attempt(home, "stopped", reporter=StopAfter(run, is_main=world.is_main, tensorboard=False))
+    found["stopped"] = attempt(home, "stopped", reporter=StopAfter(run, is_main=world.is_main))
     if world.is_main:
         run.stop_request.unlink()
         shutil.copytree(run.folder, home / "runs" / "damaged")
@@ -83,7 +83,7 @@ def happenings(folder: str) -> dict[str, Any]:
         home, "impatient", "train.learning_rate=1.0", "train.validate_every={steps: 1}", "train.patience=2"
     )
     found["small budget"] = attempt(home, "small", "checkpoint.budget=1KB")
-    full = FullAfter(tiny.run_of(home, "filled"), is_main=world.is_main, tensorboard=False)
+    full = FullAfter(tiny.run_of(home, "filled"), is_main=world.is_main)
     found["filled"] = attempt(home, "filled", reporter=full)
     found["full"] = attempt(home, "full")  # the limit stays
     return found
@@ -142,6 +142,8 @@ def test_a_run_tells_its_whole_story(found: dict[str, Any], home: Path) -> None:
         "tokens_per_second mfu peak_memory_bytes world_size micro_batch_size accumulation sample_digest"
     )
     assert set(contract.split()) <= set(step)
+    assert len(step["rank_peak_memory_bytes"]) == 2
+    assert max(step["rank_peak_memory_bytes"]) == step["peak_memory_bytes"]
     assert (step["world_size"], step["micro_batch_size"], step["accumulation"], step["rows"]) == (2, 2, 2, 7)
     decisions = read_json(run.resolved)["decisions"]
     assert decisions["zero.stage"] == {"value": 2, "reason": "set in the job"}

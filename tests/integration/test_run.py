@@ -73,6 +73,21 @@ def test_invariant_6_each_look_at_the_test_split_is_recorded(finished: Path) -> 
     assert looks[:2] == ["base", "best"]
 
 
+def test_a_run_ends_with_its_report_and_examples(finished: Path) -> None:
+    assert read_json(finished / "result.json")["paths"]["report"] == str(finished / "report.html")
+    page = (finished / "report.html").read_text()
+    for words in ("Perplexity went from", "Where the time went", "300 of 300", "Peak memory by rank"):
+        assert words in page
+    shown = read_json(finished / "examples.json")["test"]
+    assert [one["place"] for one in shown["examples"]] == ["worst"] * 3 + ["median"] * 3 + ["best"] * 3
+    values = [one["best_value"] for one in shown["examples"]]
+    assert values == sorted(values, reverse=True)
+    texts = [json.loads(line)["text"] for line in (finished.parents[1] / "corpus.jsonl").read_text().splitlines()]
+    for one in shown["examples"]:
+        assert one["text"].strip() in " ".join(texts[one["row"] - 1].split())
+        assert one["base_value"] > 0
+
+
 def test_the_metrics_have_the_fields_of_the_contract(home: Home, finished: Path) -> None:
     fields = (
         "epoch loss learning_rate grad_norm rows tokens supervised_tokens step_seconds tokens_per_second mfu "

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from distft.cli import view as view_module
 from distft.cli.trials import about, ended_line, failure_lines, next_commands, progress_line, result_lines, shown
-from distft.cli.view import View, describe_step, duration
+from distft.cli.view import View, describe_step
+from distft.report.words import duration
 from distft.runs import Run
 from distft.tuning.progress import SearchProgress
 from distft.tuning.trials import Status, Trial, trial_id

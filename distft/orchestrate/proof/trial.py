@@ -163,7 +163,7 @@ def train_until_killed(trial: Trial, name: str, case: Case) -> None:
             if record["step"] == KILLED_AFTER and world.rank == world.size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    fatal = Fatal(trial.run(name), is_main=world.is_main, tensorboard=False)
+    fatal = Fatal(trial.run(name), is_main=world.is_main)
     _train(trial, name, trial.job_of(case, CHECKPOINT_EVERY), fatal)
 
 

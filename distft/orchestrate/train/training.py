@@ -305,7 +305,8 @@ class Training:
         append_line(self._run.metrics, event(name, self._step or 0, text))
 
     def _told_last(self, name: str) -> bool:
-        events = [line for line in read_lines(self._run.metrics) if line["kind"] == "event"]
+        lines = read_lines(self._run.metrics)
+        events = [line for line in lines if line["kind"] == "event" and line["event"] != "tracker"]
         return bool(events) and events[-1]["event"] == name
 
 

@@ -192,7 +192,7 @@ def _table(made: Sequence[Estimate]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from distft.cli.view import duration
+    from distft.report.words import duration
 
     on_cpu, priced = made[0].setup.device_type == "cpu", made[0].price is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)

@@ -138,13 +138,27 @@ def _in_fp32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+#: A size of logits at which a cap on them (Gemma 2's is 30) shows, whatever size they have before training.
+_LARGE_LOGITS = 1e3
+
+
 def _is_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the model's logits on a few tokens are its output layer applied to its backbone's last state."""
+    """Whether the model's logits on a few tokens are its output layer applied to its backbone's last state.
+
+    The state is made so large that the logits are too: a cap leaves small ones as they are.
+    """
     head = model.get_output_embeddings()
     if type(head) not in (nn.Linear, LossHead) or head.bias is not None or model.base_model is model:
         return False
     states: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _module, _inputs, output: states.append(output[0]))
+
+    def enlarge(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        state = output[0] * (_LARGE_LOGITS / head(output[0]).abs().max().clamp(min=1e-6))
+        states.append(state)
+        output["last_hidden_state"] = state
+        return output
+
+    hook = model.base_model.register_forward_hook(enlarge)
     training = model.training
     try:
         probe = torch.arange(4, device=head.weight.device)[None] % head.out_features

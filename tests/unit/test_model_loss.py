@@ -99,6 +99,14 @@ def test_the_fused_path_would_be_wrong_where_logits_are_capped() -> None:
     )
 
 
+def test_a_cap_is_found_where_logits_are_still_small() -> None:
+    model = tiny("gemma2")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e-3)  # tied to the head: no logit comes near the cap
+    assert not LossModel(model).fused
+    assert LossModel(tiny("llama")).fused
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 4, 5, 8, 9])
 def test_chunks_of_any_number_of_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * VOCABULARY * 4)

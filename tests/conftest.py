@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
+# On a busy machine one example takes as long as it takes.
+hypothesis.settings.register_profile("distft", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("distft")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "baselines" / "slow-tests.json"
 
 

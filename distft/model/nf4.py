@@ -66,8 +66,9 @@ def quantise(model: PreTrainedModel, *, packed: bool) -> None:
         rows, columns = values.shape
         layer = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=weight.dtype, device="meta")
         layer.weight = bnb.nn.Params4bit(values, quant_type="nf4", module=layer).to("cpu")
+        rounded = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        _refuse_wrong(rounded, values, name)
         if not packed:
-            rounded = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
             weight.copy_(rounded.t() if is_transposed else rounded)
             continue
         layer.bias = module.bias
@@ -76,6 +77,23 @@ def quantise(model: PreTrainedModel, *, packed: bool) -> None:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.train(module.training))
     model.is_loaded_in_4bit = packed  # by which peft knows the layers
+
+
+def _refuse_wrong(rounded: Tensor, values: Tensor, name: str) -> None:
+    """Makes sure that values were rounded, not mixed up.
+
+    NF4's neighbours are at most 0.304 of a block's largest value apart. With AVX-512 bitsandbytes 0.50 takes wrong
+    scales for rows that are no multiple of a block's 64 values.
+
+    Raises:
+        CapacityError: They were mixed up.
+    """
+    if (rounded - values).abs().max() > 0.2 * values.abs().max():
+        raise CapacityError(
+            f"bitsandbytes rounds {name}, of {values.shape[1]} columns, to wrong values on this processor",
+            where="model.adapter.quantize",
+            fix="train on a GPU, or set model.adapter.quantize: null",
+        )
 
 
 def elements(parameter: nn.Parameter) -> int:

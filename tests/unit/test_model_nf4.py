@@ -16,7 +16,7 @@ from distft.errors import CapacityError
 from distft.model import Batch, LossModel, flops_per_token, load_classifier, load_model, training_model
 from distft.model.nf4 import matrices, quantise
 
-from .tiny_models import CONFIGS, VOCABULARY, needs_bitsandbytes
+from .tiny_models import CONFIGS, VOCABULARY, WHY_NO_NF4, needs_bitsandbytes
 
 IDS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(4))
 BATCH = Batch(IDS, torch.arange(12).expand(2, 12), IDS.roll(-1, 1))
@@ -106,6 +106,12 @@ def test_a_packed_weight_costs_what_a_plain_one_does(tmp_path: Path) -> None:
     folder = base("llama", tmp_path)
     packed, plain = (flops_per_token(adapted(folder, packed=how), 12) for how in (True, False))
     assert packed == plain
+
+
+@pytest.mark.skipif("AVX-512" not in str(WHY_NO_NF4), reason="bitsandbytes is not here, or right on this processor")
+def test_values_that_are_mixed_up_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CapacityError, match=r"of 32 columns, to wrong values"):
+        quantise(load_model(base("llama", tmp_path), torch.float32), packed=True)
 
 
 def test_without_bitsandbytes_it_says_which_extra_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

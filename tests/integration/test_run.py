@@ -291,5 +291,5 @@ def test_what_cannot_fit_is_refused_before_workers_start(home: Home) -> None:
     (home.folder / "huge.yaml").write_text(JOB.replace("./model", "./huge"))
     _, errors = home.distft("run", "huge.yaml", status=4)
     assert "cannot fit" in errors
-    assert "what would fit" in errors
+    assert "it needs a smaller model, or larger devices" in errors
     assert not (home.folder / "runs" / "huge").exists()

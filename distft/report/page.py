@@ -129,6 +129,7 @@ def _templates() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
+        auto_reload=False,  # as style and script, they are read once
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

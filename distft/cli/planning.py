@@ -240,7 +240,7 @@ def _details(chosen: Estimate, decisions: dict[str, dict[str, Any]], runs: int, 
     if chosen.setup.checkpointing:
         yield "* activations are computed again in the backward pass"
     sent = f", {amount(chosen.time.sent_bytes)} sent by each worker" if chosen.setup.workers > 1 else ""
-    yield f"A step takes {chosen.step_seconds:,.2f} s{sent}; a checkpoint {amount(memory.checkpoint_bytes)}"
+    yield f"A step takes {chosen.step_seconds:,.3g} s{sent}; a checkpoint {amount(memory.checkpoint_bytes)}"
     if 2 * memory.checkpoint_bytes > budget_bytes:  # the newest is kept while the next one is written
         yield f"checkpoint.budget is {amount(budget_bytes)}: at least {amount(2 * memory.checkpoint_bytes)} are needed"
     learnt = f"corrected by {runs} runs on this kind of device" if runs else "not yet corrected by runs on such devices"

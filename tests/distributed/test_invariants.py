@@ -133,11 +133,11 @@ class Until(FileReporter):
 
     def __init__(self, run: Run, *, is_main: bool, kill: bool, step: int = 8) -> None:
         super().__init__(run, is_main=is_main)
-        self._kill, self._step = kill, step
+        self._kill, self._last = kill, step
 
     def train(self, record: Record) -> None:
         super().train(record)
-        if record["step"] == self._step:
+        if record["step"] == self._last:
             if self._kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise Gone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import signal
 import subprocess
 import time
@@ -31,29 +31,38 @@ track: {tensorboard: false}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """A head without a CPU, and an autoscaler that may start two nodes of one CPU each beside it."""
+    """A head without a CPU, and an autoscaler that may start a node of two CPUs beside it."""
     folder = tmp_path_factory.mktemp("home")
     tiny.make(folder)
     (folder / "job.yaml").write_text(JOB)
+    from ray.util import get_node_ip_address
+
     port = free_port()
-    address = f"127.0.0.1:{port}"
-    worker = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    address = f"{get_node_ip_address()}:{port}"
+    worker = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 1}
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
     config = {
         "cluster_name": "growing",
-        "max_workers": 2,
-        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "max_workers": 1,
+        "provider": {"type": "fake_multinode", "gcs_address": address, "disable_node_updaters": True},
         "available_node_types": {"ray.head.default": head, "worker": worker},
         "head_node_type": "ray.head.default",
         "upscaling_speed": 20.0,
         "idle_timeout_minutes": 0.1,
+        # `ray up` would fill these in.
+        **{f"{kind}_commands": [] for kind in ("initialization", "setup", "head_setup", "worker_setup")},
+        **{f"{kind}_start_ray_commands": [] for kind in ("head", "worker")},
+        **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        **{"auth": {}, "file_mounts": {}, "file_mounts_sync_continuously": False},
     }
     autoscaling = folder / "autoscaling.json"
     autoscaling.write_text(json.dumps(config))
-    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=0"]
+    command = ["ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
     command += [f"--autoscaling-config={autoscaling}", "--include-dashboard=false"]
     command += [f"--temp-dir={tmp_path_factory.mktemp('r')}"]
-    environment = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    ours = Home(folder, address)
+    ours.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**ours.environment, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     with (folder / "ray.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
@@ -61,7 +70,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         while "runtime started" not in (folder / "ray.log").read_text():
             assert time.monotonic() < until, (folder / "ray.log").read_text()
             time.sleep(0.5)
-        yield Home(folder, address)
+        yield ours
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)

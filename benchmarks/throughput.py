@@ -1,8 +1,9 @@
 """Supervised tokens a second and peak memory of training: distft, a bare DeepSpeed loop, and TRL's SFTTrainer.
 
-``python benchmarks/throughput.py`` runs the three in turn, each under torchrun on the same machine, model and rows:
-SmolLM2-135M, rows of 1,024 tokens, ZeRO-2, two ranks of one thread. Every figure is taken over the steps after the
-first. TRL gets a virtual environment of its own (``--trl-environment``), made at the first run.
+``python benchmarks/throughput.py`` runs them in turn, distft with and without compiled layers, each under torchrun on
+the same machine, model and rows: SmolLM2-135M, rows of 1,024 tokens, ZeRO-2, two ranks of one thread. Every figure is
+taken over the steps after the first. TRL gets a virtual environment of its own (``--trl-environment``), made at the
+first run.
 """
 
 from __future__ import annotations
@@ -59,10 +60,11 @@ def torchrun(python: Path, *words: str) -> str:
     return done.stdout
 
 
-def ours(arguments: argparse.Namespace, scratch: Path, repeat: int) -> dict[str, Any]:
-    """One training run of ours."""
-    overrides = [word for setting in settings(arguments) for word in ("--set", setting)]
-    name = f"ours-{repeat}"
+def ours(arguments: argparse.Namespace, scratch: Path, repeat: int, *, compiled: bool) -> dict[str, Any]:
+    """One training run of ours, with layers compiled or not."""
+    chosen = [*settings(arguments), f"train.compile={str(compiled).lower()}"]
+    overrides = [word for setting in chosen for word in ("--set", setting)]
+    name = f"{'compiled' if compiled else 'ours'}-{repeat}"
     words = ["-m", "distft.train", str(arguments.job), "--name", name, "--runs", str(scratch), *overrides]
     torchrun(Path(sys.executable), *words)
     curve = training_curve(scratch / name / "metrics.jsonl")
@@ -127,7 +129,8 @@ def main() -> None:
         scratch = Path(temporary)
         model, rows, supervised = inputs(arguments, scratch)
         runs = {
-            "ours": lambda repeat: ours(arguments, scratch, repeat),
+            "ours": lambda repeat: ours(arguments, scratch, repeat, compiled=False),
+            "ours_compiled": lambda repeat: ours(arguments, scratch, repeat, compiled=True),
             "bare_deepspeed": lambda _: peer("bare_deepspeed.py", Path(sys.executable), arguments, model, rows),
             "trl": lambda _: peer(
                 "trl_sft.py",
@@ -167,10 +170,13 @@ def summary(seen: dict[str, list[dict[str, Any]]], supervised: int) -> dict[str,
     return {
         "supervised_tokens_per_second": rate,
         "peak_memory_bytes_per_rank": memory,
-        "ours_over": {
-            name: {"speed": rate["ours"] / rate[name], "memory": memory["ours"] / memory[name]}
-            for name in seen
-            if name != "ours"
+        **{
+            f"{mine}_over": {
+                name: {"speed": rate[mine] / rate[name], "memory": memory[mine] / memory[name]}
+                for name in seen
+                if name != mine
+            }
+            for mine in ("ours", "ours_compiled")
         },
     }
 

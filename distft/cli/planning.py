@@ -70,14 +70,14 @@ def plan(
         "workers": count,
         "nodes": machines,
     }
+    workload = _workload(loaded)
     try:
-        choices = choose(loaded, count, hardware, shape=shape, workers_per_node=per_node)
+        choices = choose(loaded, count, hardware, shape=shape, workers_per_node=per_node, run_tokens=workload.tokens)
     except CapacityError as refused:
         if as_json:
             print_json({**facts, "fits": False, "reason": refused.what, "fix": refused.fix, "plans": []})
         raise
     correction, runs = _learnt(hardware, choices.dtype.value)
-    workload = _workload(loaded)
     made = whole_plan(
         loaded,
         subject,

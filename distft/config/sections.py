@@ -225,6 +225,9 @@ class TrainSection(Section):
     """A step whose loss is not a number: stop, leave out that step, or all steps since the last checkpoint."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Whether activations are computed again in the backward pass, to save memory."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether layers are compiled (torch.compile; needs a C++ compiler): steps are shorter, and each start takes half
+    a minute more; auto: where the run is long enough for that."""
 
     @model_validator(mode="before")
     @classmethod

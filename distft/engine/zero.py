@@ -26,6 +26,7 @@ from distft.engine.memory import peak_memory_bytes
 from distft.engine.protocol import KINDS, Settings, Snapshot, StateReader, parameter_groups, row_losses
 from distft.errors import DistftError
 from distft.model import Batch, LossModel
+from distft.plan.memory import BUCKET
 from distft.world import World
 
 # DeepSpeed compiles a C++ all-reduce for inference at the first use of a process group on a CPU (30 s, and it needs a
@@ -199,6 +200,7 @@ def _configuration(settings: Settings, device: torch.device, *, own_norm: bool) 
         "stage": settings.stage,
         "overlap_comm": device.type == "cuda" and settings.stage > 0,  # needs streams
         "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET,
     }
     if settings.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -72,14 +72,15 @@ class Batch:
         )
 
     @classmethod
-    def collate(cls, rows: Sequence[Row], pad_id: int) -> Batch:
-        """Rows of any lengths as one batch as wide as the longest.
+    def collate(cls, rows: Sequence[Row], pad_id: int, width: int | None = None) -> Batch:
+        """Rows of any lengths as one batch.
 
         Args:
             rows: At least one row.
             pad_id: The token that fills shorter rows; it is never a target, whichever it is.
+            width: Its T, no less than the longest row; None: that.
         """
-        width = max(len(row.input_ids) for row in rows)
+        width = width or max(len(row.input_ids) for row in rows)
         input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
         position_ids = np.zeros((len(rows), width), dtype=np.int64)
         labels = np.full((len(rows), width), IGNORED, dtype=np.int64)

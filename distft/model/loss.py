@@ -39,6 +39,7 @@ class LossModel(nn.Module):
         activation_checkpointing: Whether to recompute each layer in the backward pass, to save memory.
         fused: Whether to compute a language model's loss chunk by chunk; by default wherever that is the same.
         class_weights: What each label's losses are multiplied with, (K,); None for 1.
+        compiled: Whether each layer is compiled for training, one kind of layer and shape of batch at a time.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class LossModel(nn.Module):
         activation_checkpointing: bool = False,
         fused: bool | None = None,
         class_weights: Sequence[float] | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -62,6 +64,8 @@ class LossModel(nn.Module):
         self.fused = not self.classifies and (_is_plain_head(model) if fused is None else fused)
         if self.fused:
             model.set_output_embeddings(LossHead.of(cast(nn.Linear, model.get_output_embeddings())))
+        if compiled:
+            _compile_layers(model)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The batch's loss, and whose it is.
@@ -93,12 +97,13 @@ class LossModel(nn.Module):
         supervised = batch.labels != IGNORED
         losses = torch.zeros(batch.labels.shape, device=batch.labels.device)
         hits = torch.zeros_like(supervised)
-        if self.classifies:
-            targets, logits = batch.labels[supervised], self._class_logits(batch, supervised)
-            losses[supervised] = self._class_losses(logits, targets).float()
-            hits[supervised] = logits.argmax(1) == targets
-        else:
-            losses[supervised] = self._losses(batch, supervised)[1].float()
+        with torch.compiler.set_stance("force_eager"):  # rows of any shape: each would be compiled
+            if self.classifies:
+                targets, logits = batch.labels[supervised], self._class_logits(batch, supervised)
+                losses[supervised] = self._class_losses(logits, targets).float()
+                hits[supervised] = logits.argmax(1) == targets
+            else:
+                losses[supervised] = self._losses(batch, supervised)[1].float()
         return losses, hits
 
     @torch.no_grad()
@@ -127,6 +132,22 @@ class LossModel(nn.Module):
     def _class_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         weights = None if self._class_weights is None else self._class_weights.to(logits)
         return F.cross_entropy(logits, targets, weights, reduction="none")
+
+
+def _compile_layers(model: PreTrainedModel) -> None:
+    """Compiles each layer by itself: equal ones share their code, so that it takes one layer's time, not all of theirs.
+
+    What cannot be compiled is computed as before, with a warning. Shapes are taken as they are: kernels for shapes yet
+    unknown would depend on which one came first, and their last digits with them.
+    """
+    from torch._inductor import config
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    torch._dynamo.config.suppress_errors = True
+    config.compile_threads = 1  # otherwise each rank starts as many processes more as there are cores
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=False)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

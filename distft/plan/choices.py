@@ -12,8 +12,16 @@ from distft.model.shape import Shape
 from distft.plan.batch import BatchPlan
 from distft.plan.fit import Room, Subject, choose_way, setup_of, ways
 from distft.plan.hardware import Hardware
+from distft.plan.speed import flops_per_token
 
 T = TypeVar("T")
+
+#: Runs whose passes take so long are compiled. Steps of SmolLM2-135M in bf16 are shorter by a tenth to a fifth, and
+#: compiling takes 30 s at each start (benchmarks/baselines/throughput-bf16.json).
+COMPILED_FROM_SECONDS = 900.0
+
+#: Operations a second that training reaches on one core of a usual server, with and without bf16 instructions.
+CPU_FLOPS = {"bf16": 70e9, "fp32": 35e9}
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Choices:
     dtype: Choice[str]
     stage: Choice[int]
     activation_checkpointing: Choice[bool]
+    compile: Choice[bool]
     batch: BatchPlan
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -39,6 +48,7 @@ class Choices:
             "model.dtype": self.dtype,
             "zero.stage": self.stage,
             "train.activation_checkpointing": self.activation_checkpointing,
+            "train.compile": self.compile,
             "train.micro_batch_size": Choice(self.batch.micro_batch_size, self.batch.reason),
         }
         return {key: {"value": choice.value, "reason": choice.reason} for key, choice in choices.items()}
@@ -53,6 +63,8 @@ def choose(
     micro_batch_limit: int | None = None,
     shape: Shape | None = None,
     workers_per_node: int = 1,
+    run_tokens: int | None = None,
+    compiler: bool = True,
 ) -> Choices:
     """Decides everything that the job leaves open: a function of its arguments, so that it comes out the same again.
 
@@ -64,6 +76,8 @@ def choose(
         micro_batch_limit: See :meth:`BatchPlan.solve`.
         shape: The model; None: it is not known whether it fits.
         workers_per_node: How many workers share a machine.
+        run_tokens: Tokens that the whole run trains on; None: not known.
+        compiler: Whether there is a C++ compiler.
 
     Raises:
         JobError: A setting cannot be used.
@@ -82,12 +96,16 @@ def choose(
         choose_dtype(job.model.dtype, hardware),
         choose_stage(job.zero.stage, world_size),
         choose_activation_checkpointing(job.train.activation_checkpointing),
+        Choice(False, "not decided yet"),
         batch,
     )
     room = Room.of(hardware, workers_per_node)
-    if shape is None or room is None:
-        return first
-    return _fitted(first, job, Subject.of(job, shape), hardware, room, workers_per_node)
+    if shape is not None and room is not None:
+        first = _fitted(first, job, Subject.of(job, shape), hardware, room, workers_per_node)
+    seconds = None
+    if shape is not None and run_tokens is not None:
+        seconds = _compute_seconds(job, Subject.of(job, shape), hardware, world_size, run_tokens)
+    return replace(first, compile=choose_compile(job, hardware, first.stage.value, seconds, compiler=compiler))
 
 
 def _fitted(
@@ -119,7 +137,7 @@ def _fitted(
     if way.setup.micro_batch_size != batch.micro_batch_size:
         size = way.setup.micro_batch_size
         batch = replace(batch, micro_batch_size=size, reason=f"{batch.reason}; {size} to fit into memory: {told}")
-    return Choices(first.dtype, stage, checkpointing, batch)
+    return replace(first, stage=stage, activation_checkpointing=checkpointing, batch=batch)
 
 
 def choose_dtype(asked: str, hardware: Hardware) -> Choice[str]:
@@ -147,6 +165,55 @@ def choose_stage(asked: int | Literal["auto"], world_size: int) -> Choice[int]:
     if world_size == 1:
         return Choice(0, "one worker has nobody to share with")
     return Choice(2, f"optimizer state and gradients split between {world_size} workers, at no cost in traffic")
+
+
+def choose_compile(
+    job: Job, hardware: Hardware, stage: int, compute_seconds: float | None, *, compiler: bool
+) -> Choice[bool]:
+    """Whether layers are compiled: where that wins over the whole run.
+
+    Args:
+        job: The job.
+        hardware: A worker's.
+        stage: ZeRO's.
+        compute_seconds: About how long the run's passes take; None: not known.
+        compiler: Whether there is a C++ compiler.
+
+    Raises:
+        JobError: The job asks for it, and it cannot be.
+    """
+    asked, adapter = job.train.compile, job.model.adapter
+    if asked is False:
+        return Choice(False, "set in the job")
+    obstacle = None
+    if stage == 3:
+        obstacle = "ZeRO-3 gathers a layer's weights in hooks that a compiled layer does not call"
+    elif adapter is not None and adapter.quantize is not None:
+        obstacle = "four-bit matrices have kernels of their own"
+    elif hardware.device_type == "cpu" and not compiler:
+        obstacle = "torch.compile needs a C++ compiler (g++, or CXX)"
+    if obstacle is not None and asked is True:
+        raise JobError(obstacle, where="train.compile", fix="set train.compile: auto or false")
+    if asked is True:
+        return Choice(True, "set in the job")
+    if obstacle is None and hardware.device_type != "cpu":
+        obstacle = f"what it gains was not measured on {hardware.name}"
+    if obstacle is None and not job.data.packing:
+        obstacle = "rows are not packed: each length would be compiled"
+    if obstacle is not None:
+        return Choice(False, obstacle)
+    if compute_seconds is None:
+        return Choice(False, "how long the run is, is not known yet")
+    told = f"about {compute_seconds / 60:,.0f} min of passes"
+    if compute_seconds < COMPILED_FROM_SECONDS:
+        return Choice(False, f"{told}: compiling would take what it saves")
+    return Choice(True, f"{told}: compiling takes less than it saves")
+
+
+def _compute_seconds(job: Job, subject: Subject, hardware: Hardware, workers: int, tokens: int) -> float:
+    """About how long the passes of a run take: from its arithmetic alone, so that each start comes to the same."""
+    rate = CPU_FLOPS["bf16" if hardware.fast_bf16 else "fp32"] * job.cluster.resources_per_worker.get("CPU", 1.0)
+    return tokens * flops_per_token(subject.shape, subject.trained, job.data.max_tokens) / (rate * workers)
 
 
 def choose_activation_checkpointing(asked: bool | Literal["auto"]) -> Choice[bool]:

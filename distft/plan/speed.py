@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from distft.model.shape import Shape
 from distft.plan.devices import Device
-from distft.plan.memory import BUCKET, LIVE
+from distft.plan.memory import BUCKET, LIVE, WHOLE_BUCKET
 from distft.plan.setup import Setup
 
 #: The share of its peak that a device reaches in a training step. GPU: the one figure with which the published tables
@@ -108,7 +108,7 @@ def collectives(shape: Shape, trained: int, setup: Setup, gradient_bytes: int = 
     if setup.workers == 1:
         return []
     gradients, weights = gradient_bytes * trained, setup.bytes * trained
-    buckets = math.ceil(trained / BUCKET)
+    buckets = math.ceil(trained / (WHOLE_BUCKET if setup.stage == 0 else BUCKET))
     if setup.stage == 0:
         return [Collective(2, gradients, 1, buckets)]
     if setup.stage < 3:

@@ -46,6 +46,7 @@ class Training:
         validation: The validation split, maybe empty.
         validation_rows: Which of its rows are scored: all, or as many as ``evaluate.samples`` allows.
         pad_id: The token that fills short rows of a micro-batch.
+        width: Tokens that each row of a micro-batch is filled to; None: as many as the longest one has.
         seed: The job's.
         learning_rate: The rate of a step.
         validates: Whether to validate after a step; after the last one it is done in any case.
@@ -71,6 +72,7 @@ class Training:
     validation: Rows
     validation_rows: Indices
     pad_id: int
+    width: int | None
     seed: int
     learning_rate: Callable[[int], float]
     validates: Callable[[int], bool]
@@ -285,7 +287,7 @@ def _row_losses(
     losses = np.zeros(len(indices))
     for turn, part in enumerate(micro_batches):
         began = time.perf_counter()
-        batch = batch_of(training.rows, part, training.pad_id)
+        batch = batch_of(training.rows, part, training.pad_id, training.width)
         clock.data_seconds += time.perf_counter() - began
         place = turn * engine.world.size + engine.world.rank
         seed = micro_batch_seed(training.seed, number, place)
@@ -328,11 +330,11 @@ def validate(training: Training, number: int) -> float:
     return loss
 
 
-def batch_of(rows: Rows, indices: Indices, pad_id: int) -> Batch:
+def batch_of(rows: Rows, indices: Indices, pad_id: int, width: int | None = None) -> Batch:
     """The rows as a micro-batch; an empty one where there are none."""
     if len(indices) == 0:
         return Batch.empty(pad_id)
-    return Batch.collate([rows[index] for index in indices], pad_id)
+    return Batch.collate([rows[index] for index in indices], pad_id, width)
 
 
 def micro_batch_seed(seed: int, number: int, micro_batch: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,6 +87,7 @@ def work(
     hardware = Hardware.detect()
     process_bytes = psutil.Process().memory_info().rss
     shape = of_folder(model_folder)
+    prepared = Prepared.open(prepared_folder)
     choices = _agreed(
         lambda: choose(
             job,
@@ -94,12 +97,13 @@ def work(
             micro_batch_limit=attempt.micro_batch_limit,
             shape=shape,
             workers_per_node=world.local_size,
+            run_tokens=run_tokens(job, prepared.rows("train")),
+            compiler=shutil.which(os.environ.get("CXX", "g++")) is not None,
         ),
         world,
     )
     if world.is_main:
         _record(run, choices)
-    prepared = Prepared.open(prepared_folder)
     pad = pad_id(load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code))
     engine, flops = _open(job, world, choices, prepared, model_folder, pad, kind)
     peak = peak_flops(hardware, DTYPES[choices.dtype.value]).flops
@@ -195,6 +199,7 @@ def _open(
         model,
         activation_checkpointing=choices.activation_checkpointing.value,
         class_weights=class_weights(job, prepared.labels, prepared.card),
+        compiled=choices.compile.value,
     )
     return engines.open(loss_model, _settings(job, choices), world, kind), flops
 
@@ -252,6 +257,7 @@ def _training(
         validation=validation,
         validation_rows=sampled_rows(len(validation), job.evaluate.samples, job.seed),
         pad_id=pad,
+        width=job.data.max_tokens if choices.compile.value else None,
         seed=job.seed,
         learning_rate=lambda step: learning_rate(
             step, order.steps, train.learning_rate, train.schedule.kind, train.schedule.warmup
@@ -341,6 +347,11 @@ def _record(run: Run, choices: Choices) -> None:
     resolved = read_json(run.resolved) if run.resolved.exists() else {}
     decisions = {**resolved.get("decisions", {}), **choices.record()}
     write_json(run.resolved, {**resolved, "decisions": decisions})
+
+
+def run_tokens(job: Job, rows: Rows) -> int:
+    """About how many tokens the whole run trains on."""
+    return round(Order.of(job, len(rows)).total_rows * rows.tokens(np.arange(len(rows))) / len(rows))
 
 
 def attended_tokens(rows: Rows) -> int:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distft.config import Job
 from distft.errors import JobError
 from distft.plan.batch import BatchPlan
-from distft.plan.choices import choose_activation_checkpointing, choose_dtype, choose_stage
+from distft.plan.choices import choose, choose_activation_checkpointing, choose_compile, choose_dtype, choose_stage
 from distft.plan.hardware import Hardware, peak_flops
+from tests.unit.test_plan_memory import LLAMA_8B
 
 SLOW_CPU = Hardware("cpu", "an old CPU", fast_bf16=False)
 FAST_CPU = Hardware("cpu", "a new CPU", fast_bf16=True)
@@ -86,6 +91,59 @@ def test_stage_and_recomputation() -> None:
     assert choose_stage(3, 1).value == 3
     assert choose_activation_checkpointing(True).value is True
     assert choose_activation_checkpointing("auto").value is False
+
+
+def job(tmp_path: Path, *settings: str) -> Job:
+    values = {"model": {"source": "m"}, "task": {"kind": "language_modeling"}, "data": {"source": "d.txt"}}
+    return Job.from_values(values, tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "hardware", "stage", "seconds", "compiler", "value", "reason"),
+    [
+        ([], FAST_CPU, 2, 3600.0, True, True, "about 60 min of passes"),
+        ([], FAST_CPU, 2, 120.0, True, False, "about 2 min of passes"),
+        ([], FAST_CPU, 2, None, True, False, "not known"),
+        ([], FAST_CPU, 2, 3600.0, False, False, "C++ compiler"),
+        ([], FAST_CPU, 3, 3600.0, True, False, "ZeRO-3"),
+        ([], Hardware("cuda", "B200", True), 2, 3600.0, True, False, "not measured on B200"),
+        (["data.packing=false"], FAST_CPU, 2, 3600.0, True, False, "not packed"),
+        (["model.adapter={kind: lora, quantize: nf4}"], FAST_CPU, 2, 3600.0, True, False, "four-bit"),
+        (["train.compile=false"], FAST_CPU, 2, 3600.0, True, False, "set in the job"),
+        (["train.compile=true", "data.packing=false"], FAST_CPU, 2, 1.0, True, True, "set in the job"),
+    ],
+)
+def test_layers_are_compiled_where_the_run_is_long_enough(
+    tmp_path: Path,
+    settings: list[str],
+    hardware: Hardware,
+    stage: int,
+    seconds: float | None,
+    compiler: bool,
+    value: bool,
+    reason: str,
+) -> None:
+    choice = choose_compile(job(tmp_path, *settings), hardware, stage, seconds, compiler=compiler)
+    assert choice.value is value
+    assert reason in choice.reason
+
+
+def test_what_cannot_be_compiled_is_refused_where_it_was_asked_for(tmp_path: Path) -> None:
+    asked = job(tmp_path, "train.compile=true")
+    with pytest.raises(JobError, match="ZeRO-3") as refused:
+        choose_compile(asked, FAST_CPU, 3, None, compiler=True)
+    assert refused.value.where == "train.compile"
+    with pytest.raises(JobError, match=r"C\+\+ compiler"):
+        choose_compile(asked, FAST_CPU, 2, None, compiler=False)
+
+
+def test_the_length_of_a_run_follows_from_its_tokens_model_and_workers(tmp_path: Path) -> None:
+    def decided(tokens: int, workers: int) -> bool:
+        made = choose(job(tmp_path), workers, replace(FAST_CPU, memory_bytes=10**12), shape=LLAMA_8B, run_tokens=tokens)
+        return made.compile.value
+
+    assert [decided(tokens, 8) for tokens in (1_000, 100_000_000)] == [False, True]
+    assert [decided(20_000, workers) for workers in (1, 64)] == [True, False]
 
 
 def test_peaks_are_looked_up_or_measured() -> None:

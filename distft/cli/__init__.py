@@ -124,19 +124,22 @@ def run(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume 
 @app.command()
 def train(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
     """Prepare and train, without evaluation and export."""
+    from distft.cli.tables import DISTFT, elsewhere
     from distft.orchestrate.run import train as train_job
 
     loaded = load(job, set_)
     with viewing() as view:
         made = train_job(loaded, runs=runs_in(runs), name=name, resume=resume, listener=view)
-    typer.echo(f"\nTrained: {made.folder}\nNext: distft export {made.name}    distft evaluate {made.name}")
+    typer.echo(f"\nTrained: {made.folder}\n\nNext")
+    for command in ("export", "evaluate"):
+        typer.echo(f"  {DISTFT} {command} {made.name}{elsewhere(made)}")
 
 
 @app.command()
 def search(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
     """Find settings: many short trainings that share the cluster; see the job's search section."""
     from distft.cli.proofs import console
-    from distft.cli.tables import DISTFT
+    from distft.cli.tables import DISTFT, elsewhere
     from distft.cli.trials import best_first, next_commands, result_lines, trial_table
     from distft.orchestrate.run import search as search_job
     from distft.tuning.trials import best_trial, read_trials
@@ -147,7 +150,7 @@ def search(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resu
     found, trials, out = read_json(made.search_summary), read_trials(made.trials), console()
     best = best_trial(trials, found["mode"])
     out.print(trial_table(best_first(trials, found["mode"]), found["metric"], best))
-    next_ones = [f"  {command}" for command in next_commands(DISTFT, job, made.name, best)]
+    next_ones = [f"  {command}{elsewhere(made)}" for command in next_commands(DISTFT, job, made.name, best)]
     for line in ("", *result_lines(made, trials, found), "", "Next", *next_ones):
         out.print(line, markup=False, soft_wrap=True)
 

@@ -15,10 +15,17 @@ from distft.report.verdict import title_of
 from distft.runs import Run, read_json
 from distft.task.metrics import METRICS, headline
 from distft.train.folder import job_of
+from distft.world import runs_folder
 
 #: The command as a person can type it, also where the environment is not activated; found before any stage runs, since
 #: the engine puts the environment's scripts on the path.
-DISTFT = "distft" if shutil.which("distft") else sys.argv[0]
+DISTFT = (
+    "distft"
+    if shutil.which("distft")
+    else f"{sys.executable} -m distft"
+    if sys.argv[0].endswith("__main__.py")
+    else sys.argv[0]
+)
 HEADINGS = {"base": "base", "best": "tuned", "last": "last", "difference": "difference (paired)"}
 #: The most classes whose confusion matrix is shown, and the most that have lines of their own.
 MATRIX_CLASSES, LISTED_CLASSES = 8, 20
@@ -126,17 +133,24 @@ def sample_lines(sample: Mapping[str, str]) -> list[str]:
 
 def _next(run: Run, job: Job, job_file: Path, step: int, sample: Mapping[str, str] | None) -> Sequence[str]:
     """Commands to go on with."""
+    there = elsewhere(run)
     commands = [
-        f"{DISTFT} serve {run.name}",
-        f"{DISTFT} run {job_file} --name {run.name}-longer --set train.steps={3 * step}",
+        f"{DISTFT} serve {run.name}{there}",
+        f"{DISTFT} run {job_file} --name {run.name}-longer --set train.steps={3 * step}{there}",
     ]
     if job.task.kind == "classification":
         return commands
     if job.task.kind == "generation":
         prompt = " ".join(sample["prompt"].split()) if sample and len(sample["prompt"]) <= 200 else "Who are you?"
-        return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(prompt)}", *commands]
+        return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(prompt)}{there}", *commands]
     words = " ".join(sample["prompt"].split()[:5]) if sample else "Once upon a time"
-    return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8", *commands]
+    return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8{there}", *commands]
+
+
+def elsewhere(run: Run) -> str:
+    """The option with which a command finds a run that is not where runs are without it."""
+    folder = run.folder.parent
+    return "" if folder == runs_folder().resolve() else f" --runs {shlex.quote(str(folder))}"
 
 
 def _cut(text: str, width: int) -> str:

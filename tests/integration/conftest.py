@@ -44,6 +44,7 @@ class Home:
         process = self.start(*words)
         output, errors = process.communicate(timeout=timeout)
         assert process.returncode == status, f"{words} ended with {process.returncode}\n{output}\n{errors}"
+        assert not status or len(errors.splitlines()) <= 15, f"the cause is not within the last 15 lines:\n{errors}"
         return output, errors
 
     def curve(self, name: str) -> list[dict[str, Any]]:

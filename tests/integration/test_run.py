@@ -146,6 +146,39 @@ def test_the_end_of_a_run_is_for_people(finished: Path) -> None:
     assert (finished / "errors.txt").read_text() == ""
 
 
+def test_the_quickstart_says_at_most_80_lines_where_there_is_no_terminal(home: Home, finished: Path) -> None:
+    """Each step and each part of the evaluation said, as where all of them take longer than the 30 s between lines."""
+    command = "import distft.cli.view as view; view.PLAIN_INTERVAL_SECONDS = 0; from distft.cli import main; main()"
+    smaller = {
+        "model.source": str(home.folder / "model"),
+        "model.sha256": "null",
+        "data.source": str(home.folder / "corpus.jsonl"),
+        "data.max_tokens": "32",
+        "cluster.address": home.address,
+    }
+    words = [
+        "run",
+        str(ROOT / "launch" / "quickstart.yaml"),
+        *(f"--set={key}={value}" for key, value in smaller.items()),
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-c", command, *words],
+        capture_output=True,
+        text=True,
+        env=home.environment,
+        cwd=home.folder,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = ran.stdout.splitlines()
+    assert [line for line in lines if line.startswith("  step 12/12  loss")]
+    assert len([line for line in lines if " loss " in line and "/12" in line]) >= 10
+    assert len(lines) <= 80, ran.stdout
+    assert lines[-1].startswith("  ")
+    assert ran.stderr == ""
+    assert not re.search(r"WARNING|INFO|DeepSpeed|ray::|\x1b|it/s", ran.stdout)
+
+
 def test_the_export_loads_without_us(finished: Path) -> None:
     code = """
 import sys

@@ -18,12 +18,14 @@ from tests.unit.tiny_runs import training_lines
 
 DASHBOARD = json.loads((ROOT / "cluster" / "grafana-dashboard.json").read_text())
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
-TRAINING = {f"ray_{name}" for name, _ in [RESTARTS, *COUNTERS.values(), *itertools.chain(*map(dict.values, GAUGES.values()))]}
+TRAINING = {
+    f"ray_{name}" for name, _ in [RESTARTS, *COUNTERS.values(), *itertools.chain(*map(dict.values, GAUGES.values()))]
+}
 
 
 def serving() -> dict[str, set[str]]:
     """What a server tells: the names of series, each with its labels."""
-    families = [family for family in ServingMeters().registry.collect()]
+    families = list(ServingMeters().registry.collect())
     meters = vars(ServingMeters())
     labels = {meter._name: set(meter._labelnames) for meter in meters.values() if hasattr(meter, "_labelnames")}
     endings = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
@@ -76,7 +78,7 @@ def told(run: Run, lines: list[dict[str, Any]]) -> list[str]:
 
 def test_a_run_of_any_name_is_told(tmp_path: Path) -> None:
     """Ray's labels are ASCII."""
-    assert told(Run(tmp_path / "Größe 寸法 \"x\""), training_lines(6, kill=3)) == []
+    assert told(Run(tmp_path / 'Größe 寸法 "x"'), training_lines(6, kill=3)) == []
 
 
 def test_metrics_that_fail_are_told_once_and_stop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

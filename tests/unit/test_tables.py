@@ -97,6 +97,16 @@ def finished(tmp_path: Path, kind: str, sample: dict[str, str], scores: dict[str
     return summary(run, Path("launch/century.yaml"))
 
 
+def test_the_next_commands_find_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it was kept elsewhere by --runs, they need it too."""
+    sample = {"prompt": "a b", "best": "c"}
+    commands = finished(tmp_path, "language_modeling", sample, {}).partition("Next\n")[2].splitlines()
+    assert len(commands) == 3
+    assert all(command.endswith(f" --runs {tmp_path}") for command in commands)
+    monkeypatch.setenv("DISTFT_RUNS", str(tmp_path))
+    assert "--runs" not in finished(tmp_path, "language_modeling", sample, {})
+
+
 def test_a_classifiers_summary(tmp_path: Path) -> None:
     scores = {
         "base": {"test": {"accuracy": estimate(0.675, 0.57, 0.77)}},

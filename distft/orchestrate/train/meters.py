@@ -1,8 +1,8 @@
-"""What Prometheus reads of a training, at the metrics endpoint that Ray has on each node: names begin with ``ray_`` there.
+"""What Prometheus reads of a training, at the metrics endpoint that Ray has on each node; names begin with ray_ there.
 
 It is the driver that tells (of a search the process that each trial runs in), from the lines of ``metrics.jsonl``, so
-that training itself knows nothing of it. ``cluster/README.md`` says how to read them, ``cluster/grafana-dashboard.json``
-shows them.
+that training itself knows nothing of it. ``cluster/README.md`` says how to read them, and
+``cluster/grafana-dashboard.json`` shows them.
 """
 
 from __future__ import annotations

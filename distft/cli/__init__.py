@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -118,7 +119,7 @@ def run(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume 
     loaded = load(job, set_)
     with viewing() as view:
         made = whole_way(loaded, runs=runs_in(runs), name=name, resume=resume, listener=view)
-    typer.echo(summary(made, job))
+    typer.echo(summary(made, job, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
 
 
 @app.command()

@@ -144,6 +144,22 @@ def test_the_summary_of_a_language_model(tmp_path: Path) -> None:
     assert "--set train.steps=120" in text
 
 
+def test_texts_of_a_sample_are_wrapped_between_words_on_a_terminal() -> None:
+    lines = sample_lines({"prompt": "word " * 40, "base": "w" * 20}, 60)
+    assert lines[0] == "Prompt  " + " ".join(["word"] * 10)
+    assert lines[1] == "        " + " ".join(["word"] * 10)
+    assert lines[4:] == ["  base  " + "w" * 20]
+
+
+def test_scores_stand_below_their_headings() -> None:
+    small = estimate(-0.04192, -0.04672, -0.03741)
+    scores = {"best": {"test": {"loss": estimate(3, 2, 4)}}, "difference": {"test": {"loss": small}}}
+    _, heads, line = score_lines(scores, "test")
+    assert heads.index("difference") == line.index("-0.04192")
+    assert heads.index("tuned") == line.index("3 (2 to 4)")
+    assert len(line) < 80
+
+
 def test_long_texts_of_a_sample_are_cut() -> None:
     (line,) = sample_lines({"prompt": "word " * 1000})
     assert len(line) == 508

@@ -9,7 +9,7 @@
     ├── RunError                    5    training, evaluation or export failed
     │   ├── NonFiniteLoss                a loss or gradient norm that is not a number
     │   └── CheckpointError              a checkpoint that cannot be written or trusted
-    └── Interrupted                 130  stopped on request; `--resume` goes on
+    └── Interrupted                 130  stopped on request; --resume goes on
 
 Each error says what is wrong, where, and what to do; each survives pickling, so that it crosses processes whole.
 A person sees the message; our own bugs are ordinary exceptions and keep their traceback.

@@ -258,6 +258,11 @@ def event(name: str, step: int, reason: str) -> dict[str, Any]:
     return {"kind": "event", "time": time.time(), "step": step, "event": name, "reason": reason}
 
 
+def is_restart(record: dict[str, Any]) -> bool:
+    """Whether a line of ``metrics.jsonl`` says that another group of workers took training up."""
+    return record.get("event") in ("restart", "resize")
+
+
 def update_result(run: Run, **fields: Any) -> None:
     """Brings fields of ``result.json`` up to date; the others stay."""
     before = read_json(run.result) if run.result.exists() else {"restarts": 0, "test_looks": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -118,25 +119,28 @@ def run(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume 
     loaded = load(job, set_)
     with viewing() as view:
         made = whole_way(loaded, runs=runs_in(runs), name=name, resume=resume, listener=view)
-    typer.echo(summary(made, job))
+    typer.echo(summary(made, job, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
 
 
 @app.command()
 def train(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
     """Prepare and train, without evaluation and export."""
+    from distft.cli.tables import DISTFT, elsewhere
     from distft.orchestrate.run import train as train_job
 
     loaded = load(job, set_)
     with viewing() as view:
         made = train_job(loaded, runs=runs_in(runs), name=name, resume=resume, listener=view)
-    typer.echo(f"\nTrained: {made.folder}\nNext: distft export {made.name}    distft evaluate {made.name}")
+    typer.echo(f"\nTrained: {made.folder}\n\nNext")
+    for command in ("export", "evaluate"):
+        typer.echo(f"  {DISTFT} {command} {made.name}{elsewhere(made)}")
 
 
 @app.command()
 def search(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resume = False, runs: Runs = None) -> None:
     """Find settings: many short trainings that share the cluster; see the job's search section."""
     from distft.cli.proofs import console
-    from distft.cli.tables import DISTFT
+    from distft.cli.tables import DISTFT, elsewhere
     from distft.cli.trials import best_first, next_commands, result_lines, trial_table
     from distft.orchestrate.run import search as search_job
     from distft.tuning.trials import best_trial, read_trials
@@ -147,7 +151,7 @@ def search(job: JobFile, set_: Overrides = None, name: Name = None, resume: Resu
     found, trials, out = read_json(made.search_summary), read_trials(made.trials), console()
     best = best_trial(trials, found["mode"])
     out.print(trial_table(best_first(trials, found["mode"]), found["metric"], best))
-    next_ones = [f"  {command}" for command in next_commands(DISTFT, job, made.name, best)]
+    next_ones = [f"  {command}{elsewhere(made)}" for command in next_commands(DISTFT, job, made.name, best)]
     for line in ("", *result_lines(made, trials, found), "", "Next", *next_ones):
         out.print(line, markup=False, soft_wrap=True)
 

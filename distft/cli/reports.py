@@ -37,6 +37,7 @@ def report(
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     runs: Runs = None,
+    as_json: Json = False,
 ) -> None:
     """Write a run as one HTML page: verdict, scores, examples, curves, time, data; or compare runs."""
     found = [find(name, runs) for name in names]
@@ -52,7 +53,12 @@ def report(
         from distft.report.page import write
 
         page = write(found[0], to)
-    typer.echo(page)
+    if as_json:
+        from distft.report.brief import brief
+
+        print_json({"page": str(page), "runs": [brief(run).as_json() for run in found]})
+    else:
+        typer.echo(page)
     if open_ and not webbrowser.open(page.as_uri()):
         raise JobError("no browser was found here", where="--open", fix=f"open {page} in yours")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,17 @@ from distft.report.verdict import title_of
 from distft.runs import Run, read_json
 from distft.task.metrics import METRICS, headline
 from distft.train.folder import job_of
+from distft.world import runs_folder
 
 #: The command as a person can type it, also where the environment is not activated; found before any stage runs, since
 #: the engine puts the environment's scripts on the path.
-DISTFT = "distft" if shutil.which("distft") else sys.argv[0]
+DISTFT = (
+    "distft"
+    if shutil.which("distft")
+    else f"{sys.executable} -m distft"
+    if sys.argv[0].endswith("__main__.py")
+    else sys.argv[0]
+)
 HEADINGS = {"base": "base", "best": "tuned", "last": "last", "difference": "difference (paired)"}
 #: The most classes whose confusion matrix is shown, and the most that have lines of their own.
 MATRIX_CLASSES, LISTED_CLASSES = 8, 20
@@ -44,12 +52,18 @@ def score_lines(scores: dict[str, Any], split: str) -> list[str]:
     asked = "" if answered == read else f", {answered} of them answered"
     lines = [
         f"{split.capitalize()} split, {read} documents{asked}, 95 % intervals",
-        f"  {'':<24}" + "".join(f"{headings[kind]:<32}" for kind in columns).rstrip(),
     ]
-    for name in counts:
-        title = title_of(name, classes=bool(classes))
-        cells = "".join(f"{cell(column.get(name)):<32}" for column in columns.values())
-        lines.append(f"  {title:<24}{cells}".rstrip())
+    rows = [
+        ["", *(headings[kind] for kind in columns)],
+        *(
+            [title_of(name, classes=bool(classes)), *(cell(column.get(name)) for column in columns.values())]
+            for name in counts
+        ),
+    ]
+    widths = [3 + max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines += [
+        "  " + "".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     if any(kind != "base" for kind in classes):
         lines += class_lines(next(parts for kind, parts in classes.items() if kind != "base"))
     return lines
@@ -88,12 +102,13 @@ def class_lines(classes: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def summary(run: Run, job_file: Path) -> str:
+def summary(run: Run, job_file: Path, width: int | None = None) -> str:
     """The end of ``distft run``: scores, the same prompt by both models, where things are, what to try next.
 
     Args:
         run: The finished run.
         job_file: The job file, as the person named it.
+        width: Letters of a line of the terminal; None: texts stand on one line each.
     """
     result, job = read_json(run.result), job_of(run)
     lines = [""]
@@ -102,7 +117,7 @@ def summary(run: Run, job_file: Path) -> str:
         lines += [*score_lines(scores, "test"), verdict(scores, "test", headline(job)), ""]
     sample = result.get("sample")
     if sample:
-        lines += [*sample_lines(sample), ""]
+        lines += [*sample_lines(sample, width), ""]
     loads = "AutoModelForSequenceClassification" if job.task.kind == "classification" else "AutoModelForCausalLM"
     return "\n".join(
         [
@@ -118,25 +133,40 @@ def summary(run: Run, job_file: Path) -> str:
     )
 
 
-def sample_lines(sample: Mapping[str, str]) -> list[str]:
-    """A row of the data, and what the models make of it."""
+def sample_lines(sample: Mapping[str, str], width: int | None = None) -> list[str]:
+    """A row of the data, and what the models make of it; where there is a width, none is wider."""
     titles = {"prompt": "Prompt", "reference": "  data", "base": "  base", "best": "  tuned"}
-    return [f"{title:<8}{_cut(' '.join(sample[key].split()), 500)}" for key, title in titles.items() if key in sample]
+    told = [(f"{title:<8}", _cut(" ".join(sample[key].split()), 500)) for key, title in titles.items() if key in sample]
+    if width is None:
+        return [title + text for title, text in told]
+    return [
+        line
+        for title, text in told
+        for line in textwrap.wrap(text, max(40, width), initial_indent=title, subsequent_indent=" " * len(title))
+        or [title]
+    ]
 
 
 def _next(run: Run, job: Job, job_file: Path, step: int, sample: Mapping[str, str] | None) -> Sequence[str]:
     """Commands to go on with."""
+    there = elsewhere(run)
     commands = [
-        f"{DISTFT} serve {run.name}",
-        f"{DISTFT} run {job_file} --name {run.name}-longer --set train.steps={3 * step}",
+        f"{DISTFT} serve {run.name}{there}",
+        f"{DISTFT} run {job_file} --name {run.name}-longer --set train.steps={3 * step}{there}",
     ]
     if job.task.kind == "classification":
         return commands
     if job.task.kind == "generation":
         prompt = " ".join(sample["prompt"].split()) if sample and len(sample["prompt"]) <= 200 else "Who are you?"
-        return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(prompt)}", *commands]
+        return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(prompt)}{there}", *commands]
     words = " ".join(sample["prompt"].split()[:5]) if sample else "Once upon a time"
-    return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8", *commands]
+    return [f"{DISTFT} generate {run.name} --prompt {shlex.quote(words)} --temperature 0.8{there}", *commands]
+
+
+def elsewhere(run: Run) -> str:
+    """The option with which a command finds a run that is not where runs are without it."""
+    folder = run.folder.parent
+    return "" if folder == runs_folder().resolve() else f" --runs {shlex.quote(str(folder))}"
 
 
 def _cut(text: str, width: int) -> str:

@@ -178,5 +178,5 @@ def meant(job: type[BaseModel], path: Path) -> tuple[str, str | None]:
 
 
 def _plain(name: str) -> str:
-    """A key without the differences people make by habit: `Learning-Rate` for `learning_rate`."""
+    """A key without the differences people make by habit: ``Learning-Rate`` for ``learning_rate``."""
     return name.strip().lower().replace("-", "_").replace(" ", "_")

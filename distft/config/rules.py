@@ -153,7 +153,7 @@ def _address(address: str, path: Path, schemes: tuple[str, ...], hint: str | Non
 
 
 def _columns(job: Job) -> Iterator[Finding]:
-    """A txt file has the columns `text` and `source` (the file), and no others."""
+    """A txt file has the columns ``text`` and ``source`` (the file), and no others."""
     if not all(file_type(address) == ".txt" for address in job.data.addresses):
         return
     reads = ("data.source", "data.lines")

@@ -85,11 +85,16 @@ def unlearnt(place: Callable[[int], dict[str, Any]], answers: NDArray[np.int32])
     }
 
 
+def files(count: int) -> str:
+    """``1 file``."""
+    return f"{count:,} file{'' if count == 1 else 's'}"
+
+
 def describe(card: dict[str, Any]) -> str:
     """The card for a person, compact."""
     source = card["source"]
     lines = [
-        f"{source['rows']:,} rows from {source['files']:,} files ({source['bytes'] / 1e6:,.1f} MB), "
+        f"{source['rows']:,} rows from {files(source['files'])} ({source['bytes'] / 1e6:,.1f} MB), "
         f"fingerprint {card['fingerprint'][:12]}",
         *(f"{name}: {json.dumps(fact, ensure_ascii=False)}" for name, fact in card["task"].items()),
         f"{'split':<12}{'documents':>10}{'rows':>10}{'tokens':>14}{'supervised':>14}{'share':>7}{'fill':>7}  fates",

@@ -209,7 +209,7 @@ def _commands(facts: Facts) -> str:
     """What to type to get the run again, as far as the folder tells."""
     commit = facts.environment.get("commit")
     version = (facts.environment.get("versions") or {}).get("distft")
-    sets = "".join(f" --set {shlex.quote(setting)}" for setting in tables.settings_beyond(facts))
+    sets = "".join(f" \\\n  --set {shlex.quote(setting)}" for setting in tables.settings_beyond(facts))
     lines = [f"# distft {version or 'of an unknown version'}" + (f", commit {commit}" if commit else "")]
     if commit and str(commit).endswith("-dirty"):
         lines.append("# (with changes that are in no commit)")

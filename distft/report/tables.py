@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from distft.config import Job
+from distft.data.card import files
 from distft.errors import DistftError
 from distft.report.facts import Facts, Record
 from distft.report.verdict import gained, number, title_of
@@ -56,9 +57,16 @@ def scores(facts: Facts) -> list[dict[str, Any]]:
                 }
             )
         headings = [("labels' shares" if classes and kind == "base" else HEADINGS[kind]) for kind in columns]
-        documents = f"{max(its['n'] for column in columns.values() for its in column.values()):,}"
-        found.append({"split": split, "documents": documents, "headings": headings, "rows": rows})
+        found.append({"split": split, "documents": _documents(columns), "headings": headings, "rows": rows})
     return found
+
+
+def _documents(columns: Mapping[str, Any]) -> str:
+    """How many documents were read, and where fewer were answered, how many of them."""
+    counts = {name: its["n"] for column in columns.values() for name, its in column.items()}
+    read = max(counts.values())
+    answered = next((counts[name] for name in counts if METRICS[name].answers), read)
+    return f"{read:,} documents" + (f", {answered:,} of them answered" if answered != read else "")
 
 
 def _cell(estimate: Mapping[str, float] | None) -> tuple[str, str]:
@@ -124,22 +132,33 @@ def examples(facts: Facts) -> dict[str, Any] | None:
         found = facts.examples.get(split)
         if isinstance(found, dict) and found.get("examples"):
             groups: dict[str, list[Record]] = {}
+            classes = "classes" in facts.scores
             for one in found["examples"]:
-                groups.setdefault(str(one.get("place", "")), []).append(_cut_texts(one))
-            title = title_of(str(found.get("metric")), classes="classes" in facts.scores)
-            return {"split": split, "metric": title, "documents": f"{found['documents']:,}", "groups": groups}
+                groups.setdefault(str(one.get("place", "")), []).append(_cut_texts(one, classes=classes))
+            metric = str(found.get("metric"))
+            scored = facts.scores.get("best", {}).get(split, {}).get(metric, {}).get("n", found["documents"])
+            return {
+                "split": split,
+                "metric": title_of(metric, classes=classes),
+                "documents": f"{scored:,.0f}",
+                "groups": groups,
+                "base": "labels' shares" if classes else "base",
+                "asked": "prompt" if METRICS[metric].answers else "text",
+            }
     if facts.answers:
         texts = [_cut_texts({"text": one.get("prompt"), **one}) for one in facts.answers[:9]]
         split = str(facts.answers[0].get("split", "test"))
-        return {"split": split, "metric": None, "documents": None, "groups": {"first in the data": texts}}
+        groups = {"first in the data": texts}
+        return {"split": split, "metric": None, "groups": groups, "base": "base", "asked": "prompt"}
     return None
 
 
-def _cut_texts(one: Record) -> Record:
+def _cut_texts(one: Record, *, classes: bool = False) -> Record:
     shown = {key: cut(str(one[key])) for key in ("text", "reference", "base", "best") if one.get(key) is not None}
     values = {key: number(one[key]) for key in ("base_value", "best_value") if one.get(key) is not None}
     where = f"{one['source']}, row {one['row']:,}" if "source" in one and "row" in one else ""
-    return {**shown, **values, "where": where}
+    right = {"right": shown["best"] == shown["reference"]} if classes and {"best", "reference"} <= shown.keys() else {}
+    return {**shown, **values, **right, "where": where}
 
 
 def cut(text: str, letters: int = LETTERS) -> str:
@@ -229,7 +248,7 @@ def data(facts: Facts) -> dict[str, Any] | None:
         )
     leaks = card.get("leaks", {})
     return {
-        "source": "{rows:,} rows from {files:,} files".format(**card["source"]),
+        "source": f"{card['source']['rows']:,} rows from {files(card['source']['files'])}",
         "fingerprint": str(card.get("fingerprint", ""))[:12],
         "splits": splits,
         "lengths": _lengths(card),
@@ -238,7 +257,7 @@ def data(facts: Facts) -> dict[str, Any] | None:
             (name, fact if isinstance(fact, str) else json.dumps(fact, ensure_ascii=False))
             for name, fact in card.get("task", {}).items()
         ],
-        "labels": list(_label_counts(card.get("labels", {}))),
+        "labels": _label_counts(card.get("labels", {})),
         "leaks": [_leak(kind, leaks[kind]) for kind in ("exact", "near") if kind in leaks],
         "copies": {split: f"{count:,}" for split, count in leaks.get("exact", {}).get("within", {}).items()},
         "fates": [
@@ -274,13 +293,27 @@ def _histogram(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             }
 
 
-def _label_counts(labels: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for split, counts in labels.get("rows", {}).items() if labels.get("names") else ():
-        total = sum(counts.values())
-        if total:
-            most = sorted(counts.items(), key=lambda item: -item[1])
-            told = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in most[:20]]
-            yield {"split": split, "counts": told, "hidden": max(0, len(most) - 20)}
+def _label_counts(labels: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Rows of each label by split, with their shares; the most common labels of training first."""
+    found = {split: counts for split, counts in labels.get("rows", {}).items() if sum(counts.values())}
+    if not labels.get("names") or not found:
+        return None
+    totals = {split: sum(counts.values()) for split, counts in found.items()}
+    names = sorted(
+        dict.fromkeys(name for counts in found.values() for name in counts),
+        key=lambda name: [-counts.get(name, 0) for counts in found.values()],
+    )
+    rows = [
+        (
+            name,
+            [
+                (f"{counts.get(name, 0):,}", f"{counts.get(name, 0) / totals[split]:.1%}")
+                for split, counts in found.items()
+            ],
+        )
+        for name in names[:LISTED_CLASSES]
+    ]
+    return {"splits": list(found), "rows": rows, "hidden": max(0, len(names) - LISTED_CLASSES)}
 
 
 def _leak(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:

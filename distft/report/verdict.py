@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from distft.report.facts import Facts
 from distft.task.metrics import METRICS
@@ -30,7 +30,8 @@ TITLES = {
 FEW_DOCUMENTS, STOPS_ENOUGH = 30, 0.9
 
 Call = Literal["ship", "look", "hold"]
-Level = Literal["good", "note", "bad"]
+Level = Literal["bad", "note", "good"]
+_PRESSING: tuple[Level, ...] = get_args(Level)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Verdict:
         call: ``ship``; ``look``: better, and there is something to look at first; ``hold``.
         title: That in a few words.
         finding: How much better or worse, with its interval; or why that is not known.
-        reasons: What speaks for and against.
+        reasons: What speaks against it, what is to be looked at, and what speaks for it.
     """
 
     call: Call
@@ -121,10 +122,10 @@ def judge(facts: Facts) -> Verdict:
 def _judge(facts: Facts) -> Verdict:
     metric = facts.headline
     change = facts.scores.get("difference", {}).get("test", {}).get(metric) if metric else None
+    reasons = tuple(sorted(_reasons(facts, metric), key=lambda reason: _PRESSING.index(reason.level)))
     if facts.status not in ("finished", "trained"):
-        return Verdict("hold", _unfinished(facts), _finding(facts, metric), tuple(_reasons(facts, metric)))
+        return Verdict("hold", _unfinished(facts), _finding(facts, metric), reasons)
     gain = gained(metric, change) if metric and change else None
-    reasons = tuple(_reasons(facts, metric))
     if change is None:
         return Verdict("hold", "Not compared with the base yet", _finding(facts, metric), reasons)
     if gain is None:
@@ -164,7 +165,8 @@ def _finding(facts: Facts, metric: str | None) -> str:
     before, after = (scores.get(model, {}).get("test", {}).get(metric) for model in ("base", "best"))
     values = f" from {number(before['value'])} to {number(after['value'])}" if before and after else ""
     name = sentence_case(plain(metric))
-    low, high = sorted((abs(change["low"]), abs(change["high"])))
+    _, *outer = _ends(change)
+    low, high = (abs(change[end]) for end in outer)
     certain = change["low"] * change["high"] > 0
     ends = f"{number(low)} to {number(high)}" if certain else f"{number(change['low'])} to {number(change['high'])}"
     sure = f"(95 % interval {ends}, paired, {change['n']:,.0f} documents of the test split)"
@@ -174,8 +176,14 @@ def _finding(facts: Facts, metric: str | None) -> str:
     return f"{name} went{values}: {number(abs(change['value']))} {side} than {base_of(scores)} {sure}."
 
 
+def _ends(change: Mapping[str, float]) -> tuple[str, str, str]:
+    """The names of a difference's value and of its ends, the one nearer to zero first."""
+    near, far = sorted(("low", "high"), key=lambda end: abs(change[end]))
+    return "value", near, far
+
+
 def _reasons(facts: Facts, metric: str | None) -> Iterator[Reason]:
-    """What speaks for and against, most pressing first."""
+    """What speaks for and against."""
     yield from _of_state(facts)
     changes = facts.scores.get("difference", {}).get("test", {})
     for name, change in changes.items():
@@ -185,7 +193,10 @@ def _reasons(facts: Facts, metric: str | None) -> Iterator[Reason]:
             level: Level = {True: "good", False: "bad", None: "bad"}[gain]  # type: ignore[assignment]
             yield Reason(level, f"The interval of the paired difference in {plain(name)} {said}{_chance(change)}.")
         elif gain is False:
-            yield Reason("note", f"{plain(name)} got worse: {interval(change)}.")
+            by, low, high = (number(abs(change[end])) for end in _ends(change))
+            yield Reason("note", f"{sentence_case(plain(name))} got worse by {by} (95 % interval {low} to {high}).")
+    if also := [plain(name) for name, change in changes.items() if name != metric and gained(name, change)]:
+        yield Reason("good", f"Better for sure in other scores: {', '.join(also)}.")
     yield from _of_scores(facts, metric, changes)
     yield from _of_data(facts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from distft.config import Job
@@ -15,7 +16,8 @@ def run_folder(job: Job, runs: Path, name: str | None, resume: bool) -> Run:
     """The folder of a new run, which must not be there yet, or of a run to resume, which must.
 
     Raises:
-        JobError: The name is taken, or there is nothing to resume, or the job has changed since.
+        JobError: The name is taken, or there is nothing to resume, or the job has changed since, or nothing can be
+            written there.
     """
     run = Run((runs / (name or job.name)).resolve())
     if run.job.exists() != resume:
@@ -26,8 +28,24 @@ def run_folder(job: Job, runs: Path, name: str | None, resume: bool) -> Run:
         )
     if resume:
         _check_unchanged(job, run)
+    _check_writable(run.folder if resume else run.folder.parent)
+    if resume:
         run.stop_request.unlink(missing_ok=True)
     return run
+
+
+def _check_writable(folder: Path) -> None:
+    """Makes sure that files can be made in a folder, before anything is computed for them; makes the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise JobError(
+            f"nothing can be written there: {error.strerror}",
+            where=str(folder),
+            fix="keep runs elsewhere: --runs DIR, or DISTFT_RUNS",
+        ) from error
 
 
 def begin(job: Job, run: Run) -> None:

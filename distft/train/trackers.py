@@ -197,7 +197,7 @@ def _names(run: Run) -> Path:
     return run.folder / "tracking.json"
 
 
-def _title(run: Run) -> str:
+def title(run: Run) -> str:
     """The run's name; of a trial also its search's."""
     parent = run.folder.parent
     return f"{parent.parent.parent.name}/{run.name}" if parent.name == "trials" else run.name
@@ -246,7 +246,7 @@ class MLflow:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "distft")
         experiment = self._client.get_experiment_by_name(name)
         number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
-        self._id = self._client.create_run(number, run_name=_title(run)).info.run_id
+        self._id = self._client.create_run(number, run_name=title(run)).info.run_id
         _remember(run, "mlflow", self._id)
         params = [Param(key, value[:PARAM_LETTERS]) for key, value in settings(job).items()]
         for begin in range(0, len(params), PARAMS_A_CALL):
@@ -285,7 +285,7 @@ class Wandb:
         name = known or secrets.token_hex(4)
         self._run = wandb.init(
             project=project,
-            name=_title(run),
+            name=title(run),
             id=name,
             resume="allow",
             dir=str(run.folder),

@@ -338,7 +338,8 @@ def _beginning(before: Sequence[Record], progress: Progress, workers: int) -> tu
         return "start", ""
     where = f"from the checkpoint of step {progress.step:,}; " if progress.step else "from the beginning; "
     if known and known[-1]["workers"] != workers:
-        return "resize", f"{known[-1]['workers']} workers before; {where}"
+        count = known[-1]["workers"]
+        return "resize", f"{count} worker{'' if count == 1 else 's'} before; {where}"
     return ("resume" if before[-1]["event"] in ("interrupted", "exploit") else "restart"), where
 
 

@@ -13,16 +13,17 @@ import pytest
 
 from distft.runs import training_curve
 from tests.distributed import tiny
-from tests.support import ROOT
+from tests.support import ROOT, free_port
 
 
 class Home:
     """A folder with a tiny model and a corpus, and a Ray cluster to run jobs on; ``on`` is what precedes a command."""
 
-    def __init__(self, folder: Path, address: str, on: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, address: str, on: Sequence[str] = (), metrics_port: int = 0) -> None:
         self.folder = folder
         self.address = address
         self.on = on
+        self.metrics = f"http://127.0.0.1:{metrics_port}/metrics"  # what Prometheus reads
         self.environment = {
             **os.environ,
             "DISTFT_CACHE": str(folder / "cache"),
@@ -43,6 +44,7 @@ class Home:
         process = self.start(*words)
         output, errors = process.communicate(timeout=timeout)
         assert process.returncode == status, f"{words} ended with {process.returncode}\n{output}\n{errors}"
+        assert not status or len(errors.splitlines()) <= 15, f"the cause is not within the last 15 lines:\n{errors}"
         return output, errors
 
     def curve(self, name: str) -> list[dict[str, Any]]:
@@ -57,9 +59,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     folder = tmp_path_factory.mktemp("home")
     tiny.make(folder)
     with_temp = tmp_path_factory.mktemp("r")  # short: Ray's socket paths must stay under 108 bytes
-    head = {"num_cpus": 4, "include_dashboard": False, "temp_dir": str(with_temp)}
+    port = free_port()
+    head = {
+        "num_cpus": 4,
+        "include_dashboard": False,
+        "temp_dir": str(with_temp),
+        "metrics_export_port": port,
+        "_system_config": {"metrics_report_interval_ms": 1000},
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        yield Home(folder, cluster.address)
+        yield Home(folder, cluster.address, metrics_port=port)
     finally:
         cluster.shutdown()

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from distft.model.shape import llama_tensors
 from distft.runs import read_json, read_lines, training_curve
 from tests.integration.conftest import Home
-from tests.support import free_port
+from tests.support import ROOT, free_port
 
 pytestmark = pytest.mark.ray
+
+DASHBOARD = ROOT / "cluster" / "grafana-dashboard.json"
 
 JOB = """\
 model: {source: ./model, dtype: fp32}
@@ -37,10 +42,18 @@ cluster: {workers: 2}
 
 @pytest.fixture(scope="module")
 def finished(home: Home) -> Path:
-    """A run that went the whole way; its terminal output lies beside it."""
+    """A run that went the whole way; its terminal output lies beside it, and what Prometheus could read meanwhile."""
     (home.folder / "tiny.yaml").write_text(JOB)
-    output, errors = home.distft("run", "tiny.yaml")
-    folder = home.folder / "runs" / "tiny"
+    folder, process = home.folder / "runs" / "tiny", home.start("run", "tiny.yaml")
+    scraped = ""
+    while process.poll() is None:
+        time.sleep(0.5)
+        with urllib.request.urlopen(home.metrics, timeout=10) as answer:
+            now = answer.read().decode()
+        scraped = now if "distft_validation_loss{" in now else scraped
+    output, errors = process.communicate()
+    assert process.returncode == 0, output + errors
+    (folder / "scraped.txt").write_text(scraped)
     (folder / "output.txt").write_text(output)
     (folder / "errors.txt").write_text(errors)
     return folder
@@ -105,6 +118,25 @@ def test_the_metrics_have_the_fields_of_the_contract(home: Home, finished: Path)
     assert {"checkpoint", "best", "finished"} <= set(events)
 
 
+def test_a_run_is_measured_at_the_metrics_endpoint_of_ray(home: Home, finished: Path) -> None:
+    """Each metric of training is there while it goes on, under the names that the dashboard asks for."""
+    families = text_string_to_metric_families((finished / "scraped.txt").read_text())
+    found = {
+        sample.name: sample.value
+        for family in families
+        for sample in family.samples
+        if sample.labels.get("run") == "tiny"
+    }
+    accuracy = "ray_distft_validation_accuracy"  # no classification
+    assert found.keys() == set(re.findall(r"ray_distft_\w+", DASHBOARD.read_text())) - {accuracy}
+    curve = home.curve("tiny")
+    at = int(found["ray_distft_train_step"])
+    assert found["ray_distft_train_tokens_total"] == sum(line["tokens"] for line in curve[:at])
+    assert found["ray_distft_train_loss"] == pytest.approx(curve[at - 1]["loss"])
+    assert found["ray_distft_train_steps"] == 300
+    assert found["ray_distft_train_restarts"] == 0
+
+
 def test_the_end_of_a_run_is_for_people(finished: Path) -> None:
     output = (finished / "output.txt").read_text()
     assert "Test split" in output
@@ -112,6 +144,39 @@ def test_the_end_of_a_run_is_for_people(finished: Path) -> None:
     assert "Next" in output
     assert len(output.splitlines()) < 60
     assert (finished / "errors.txt").read_text() == ""
+
+
+def test_the_quickstart_says_at_most_80_lines_where_there_is_no_terminal(home: Home, finished: Path) -> None:
+    """Each step and each part of the evaluation said, as where all of them take longer than the 30 s between lines."""
+    command = "import distft.cli.view as view; view.PLAIN_INTERVAL_SECONDS = 0; from distft.cli import main; main()"
+    smaller = {
+        "model.source": str(home.folder / "model"),
+        "model.sha256": "null",
+        "data.source": str(home.folder / "corpus.jsonl"),
+        "data.max_tokens": "32",
+        "cluster.address": home.address,
+    }
+    words = [
+        "run",
+        str(ROOT / "launch" / "quickstart.yaml"),
+        *(f"--set={key}={value}" for key, value in smaller.items()),
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-c", command, *words],
+        capture_output=True,
+        text=True,
+        env=home.environment,
+        cwd=home.folder,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = ran.stdout.splitlines()
+    assert [line for line in lines if line.startswith("  step 12/12  loss")]
+    assert len([line for line in lines if " loss " in line and "/12" in line]) >= 10
+    assert len(lines) <= 80, ran.stdout
+    assert lines[-1].startswith("  ")
+    assert ran.stderr == ""
+    assert not re.search(r"WARNING|INFO|DeepSpeed|ray::|\x1b|it/s", ran.stdout)
 
 
 def test_the_export_loads_without_us(finished: Path) -> None:

@@ -113,12 +113,12 @@ def test_containers_have_no_rights_and_the_cluster_wants_a_token(kind: str) -> N
             }
 
 
-def test_nothing_comes_in_but_from_the_cluster_and_its_operator() -> None:
+def test_nothing_comes_in_but_from_the_cluster_its_operator_and_who_measures_it() -> None:
     (policy,) = [found for found in objects("base.yaml") if found["kind"] == "NetworkPolicy"]
     assert policy["spec"]["podSelector"] == {}
-    open_to_all, clients = policy["spec"]["ingress"]
-    assert all("ipBlock" not in source for rule in (open_to_all, clients) for source in rule["from"])
-    assert [port["port"] for port in clients["ports"]] == [8000]
+    rules = policy["spec"]["ingress"]
+    assert all("ipBlock" not in source for rule in rules for source in rule["from"])
+    assert [[port["port"] for port in rule.get("ports", [])] for rule in rules] == [[], [8000], [8080]]
 
 
 def test_the_cluster_grows_from_no_gpu_on_spot_first() -> None:

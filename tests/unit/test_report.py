@@ -328,6 +328,37 @@ def test_a_run_is_shown_as_what_it_is(tmp_path: Path, harm: object, title: str, 
     json.dumps(told.as_json(), allow_nan=False)
 
 
+@pytest.mark.parametrize("harm", [_half, _failed, _damaged, _older, _bare])
+def test_json_of_a_run_in_any_state_is_one_document_that_says_so(
+    tmp_path: Path, harm: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of("language_modeling", tmp_path / "run", status="finished" if harm is _older else "trained", searched=3)
+    harm(run)
+    told = {}
+    for command in (["runs"], ["show", "run"], ["report", "run"]):
+        assert leaves(*command, "--runs", str(tmp_path), "--json") == 0
+        output = capsys.readouterr()
+        assert output.err == ""
+        told[command[0]] = json.loads(output.out)
+    (listed,) = told["runs"]
+    assert told["report"]["page"] == str(run.report)
+    assert told["report"]["runs"] == [{**listed, "bytes": told["report"]["runs"][0]["bytes"]}]
+    assert (listed["status"], listed["verdict"]) == (brief(run).status, judge(read(run)).title)
+    assert {name: told["show"][name] for name in ("status", "verdict", "problems")} == {
+        name: listed[name] for name in ("status", "verdict", "problems")
+    }
+    assert bool(listed["problems"]) == (harm is not _failed)
+
+
+def test_json_where_nothing_was_run_is_an_empty_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leaves("runs", "--runs", str(tmp_path / "nowhere"), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert leaves("show", "nothing", "--runs", str(tmp_path), "--json") == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "there is no run 'nothing'" in output.err
+
+
 def leaves(*arguments: str) -> int:
     with pytest.raises(SystemExit) as left:
         main(list(arguments))

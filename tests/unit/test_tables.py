@@ -97,6 +97,16 @@ def finished(tmp_path: Path, kind: str, sample: dict[str, str], scores: dict[str
     return summary(run, Path("launch/century.yaml"))
 
 
+def test_the_next_commands_find_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it was kept elsewhere by --runs, they need it too."""
+    sample = {"prompt": "a b", "best": "c"}
+    commands = finished(tmp_path, "language_modeling", sample, {}).partition("Next\n")[2].splitlines()
+    assert len(commands) == 3
+    assert all(command.endswith(f" --runs {tmp_path}") for command in commands)
+    monkeypatch.setenv("DISTFT_RUNS", str(tmp_path))
+    assert "--runs" not in finished(tmp_path, "language_modeling", sample, {})
+
+
 def test_a_classifiers_summary(tmp_path: Path) -> None:
     scores = {
         "base": {"test": {"accuracy": estimate(0.675, 0.57, 0.77)}},
@@ -132,6 +142,22 @@ def test_the_summary_of_a_language_model(tmp_path: Path) -> None:
     text = finished(tmp_path, "language_modeling", {"prompt": "a b c d e f", "base": "g", "best": "h"}, scores)
     assert "--prompt 'a b c d e' --temperature 0.8" in text
     assert "--set train.steps=120" in text
+
+
+def test_texts_of_a_sample_are_wrapped_between_words_on_a_terminal() -> None:
+    lines = sample_lines({"prompt": "word " * 40, "base": "w" * 20}, 60)
+    assert lines[0] == "Prompt  " + " ".join(["word"] * 10)
+    assert lines[1] == "        " + " ".join(["word"] * 10)
+    assert lines[4:] == ["  base  " + "w" * 20]
+
+
+def test_scores_stand_below_their_headings() -> None:
+    small = estimate(-0.04192, -0.04672, -0.03741)
+    scores = {"best": {"test": {"loss": estimate(3, 2, 4)}}, "difference": {"test": {"loss": small}}}
+    _, heads, line = score_lines(scores, "test")
+    assert heads.index("difference") == line.index("-0.04192")
+    assert heads.index("tuned") == line.index("3 (2 to 4)")
+    assert len(line) < 80
 
 
 def test_long_texts_of_a_sample_are_cut() -> None:

@@ -15,6 +15,7 @@ from distft.orchestrate.cluster import Node, worker_resources, workers_of
 from distft.orchestrate.data import Data
 from distft.orchestrate.listener import Listener
 from distft.orchestrate.signals import Asked, stopping
+from distft.orchestrate.train.meters import Meters
 from distft.orchestrate.train.places import clear, read_places, states
 from distft.orchestrate.train.policy import Failure, GiveUp, HalveMicroBatch, Kind, decide
 from distft.orchestrate.train.stall import STACK_SECONDS, StallClock, explain
@@ -24,6 +25,7 @@ from distft.runs import (
     StopRequest,
     append_line,
     event,
+    is_restart,
     read_json,
     read_lines,
     read_new_lines,
@@ -62,14 +64,13 @@ def train(job: Job, run: Run, data: Data, nodes: list[Node], listener: Listener)
     with stopping(listener.note) as asked:
         outcome = Training(job, run, data, worker_resources(job, nodes), listener, asked).run()
     lines = list(read_lines(run.metrics))
-    begun = [line for line in lines if line.get("event") in ("restart", "resize")]
     spent = goodput(lines)
     update_result(
         run,
         step=outcome.step,
         best_step=outcome.best_step,
         metrics=outcome.metrics,
-        restarts=len(begun),
+        restarts=sum(map(is_restart, lines)),
         goodput={
             "share": round(spent.share, 4),
             "seconds": {name: round(part, 3) for name, part in spent.parts.items()},
@@ -111,6 +112,7 @@ class Training:
         self._listener, self._asked, self._rungs, self._until = listener, asked, rungs, until
         self._bounds = workers_of(job)
         self._requests = Requests(run)
+        self._meters = Meters(run, listener.note)
         self._offset = run.metrics.stat().st_size if run.metrics.exists() else 0
         self._step: int | None = None  # the last one of this group of workers
         self._limit: int | None = None  # rows of a pass that memory holds, once that is known
@@ -298,6 +300,7 @@ class Training:
             if record["kind"] == "train":
                 self._step = record["step"]
             self._listener.record(record)
+            self._meters.record(record)
 
     def _tell(self, kind: Kind, text: str) -> None:
         """Records a failure as an event, which the listener hears with the next lines."""

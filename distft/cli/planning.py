@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from distft.plan.devices import Device
     from distft.plan.estimate import Estimate, Workload
     from distft.plan.hardware import Hardware
-    from distft.plan.speed import Rates
+    from distft.plan.speed import Links, Rates
 
 #: Parts of memory that have a column of their own; all others are the rest.
 COLUMNS = ("weights", "optimizer", "grads", "activ.", "rest")
@@ -78,11 +79,13 @@ def plan(
             print_json({**facts, "fits": False, "reason": refused.what, "fix": refused.fix, "plans": []})
         raise
     correction, runs = _learnt(hardware, choices.dtype.value)
+    links = _links(hardware) if device is None and machines > 1 else None
+    rates = _rates(hardware, listed, choices.dtype.value)
     made = whole_plan(
         loaded,
         subject,
         first_setup(loaded, hardware, choices, machines),
-        _rates(hardware, listed, choices.dtype.value),
+        rates if links is None else rates.over(links),
         Room.of(hardware, per_node),
         correction=correction,
         workload=workload,
@@ -96,6 +99,7 @@ def plan(
         "tokens_from": workload.source,
         "calibrated_by_runs": runs,
         "checkpoint_budget_bytes": loaded.checkpoint.budget_bytes,
+        "network": None if links is None else asdict(links),
         "plans": [one.as_json() for one in made],
     }
     if as_json:
@@ -119,6 +123,21 @@ def _learnt(hardware: Hardware, dtype: str) -> Any:
         calibration.read(calibration.calibration_path(), calibration.key_of(hardware, dtype))
     )
     return found, found.runs
+
+
+def _links(hardware: Hardware) -> Links | None:
+    """The network between nodes that was measured last here, where it is what ranks send over."""
+    from distft.orchestrate.nodes.network import network_file
+    from distft.plan.hardware import has_rdma
+    from distft.plan.speed import Links
+    from distft.runs import read_json
+
+    if hardware.device_type == "cuda" and has_rdma():
+        return None
+    try:
+        return Links.of(read_json(network_file())["links"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _rates(hardware: Hardware, listed: Device | None, dtype: str) -> Rates:
@@ -168,6 +187,10 @@ def _show(facts: dict[str, Any], made: Sequence[Estimate], workload: Workload, h
     chosen = next(one for one in made if one.chosen)
     for line in _details(chosen, facts["decisions"], facts["calibrated_by_runs"], facts["checkpoint_budget_bytes"]):
         out.print(line, markup=False, soft_wrap=True)
+    if network := facts["network"]:
+        trip = network["round_trip_seconds"] * 1000
+        speed = f"{network['bytes_per_second'] / 1e6:,.0f} MB/s and {trip:.2g} ms there and back"
+        out.print(f"Between machines: {speed}, as measured last", markup=False, soft_wrap=True)
 
 
 def _heading(facts: dict[str, Any], workload: Workload, hardware: Hardware) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from distft.config.document import Document, read
 from distft.config.explain import explain
 from distft.config.overrides import override
+from distft.config.passwords import passwords
 from distft.config.problems import Finding, InvalidJob, Path, Problem, dotted
 from distft.config.rules import rules
 from distft.config.search import SearchSection
@@ -87,7 +88,10 @@ class Job(Section):
             InvalidJob: A JobError that lists every mistake with its line, its key, its value and the fix.
         """
         file = File(path).expanduser()
-        document = override(read(file), overrides)
+        written = read(file)
+        if hidden := list(passwords(written, overrides)):
+            raise InvalidJob(hidden)  # alone: what else is wrong might repeat them
+        document = override(written, overrides)
         stem = re.sub(r"[^\w.-]+", "-", file.stem).lstrip(".-")[:100] or "job"
         return cls._checked(document, file.resolve().parent, name=stem)
 

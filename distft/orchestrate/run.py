@@ -15,6 +15,7 @@ from distft.orchestrate.cluster import Node, check_capacity, connected, grown, j
 from distft.orchestrate.data import Data, card_of, prepare
 from distft.orchestrate.fit import check_fit
 from distft.orchestrate.listener import SILENT, Listener
+from distft.orchestrate.nodes.access import check_access
 from distft.orchestrate.nodes.check import check_nodes
 from distft.orchestrate.search.stage import search as search_stage
 from distft.orchestrate.search.stage import winner
@@ -125,6 +126,7 @@ def _running(job: Job, made: Run, resume: bool, listener: Listener) -> Iterator[
         heard = check_nodes(job, made, nodes, listener)
         _check_quantisation(job)
         refuse_absent(job)
+        check_access(job, made)
         data = prepare(job, listener)
         if not resume:
             begin(job, made)

@@ -96,6 +96,12 @@ def host_memory_bytes() -> int:
     return total
 
 
+def has_rdma() -> bool:
+    """Whether this machine has InfiniBand, RoCE or EFA, over which NCCL sends faster than TCP does."""
+    folder = Path("/sys/class/infiniband")
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def _first_gpu() -> tuple[str, int] | None:
     """Name and bytes of the first NVIDIA GPU that the driver tells of, or None."""
     if shutil.which("nvidia-smi") is None:

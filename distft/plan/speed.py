@@ -7,7 +7,9 @@ beta bytes a second of a link.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from distft.model.shape import Shape
 from distft.plan.devices import Device
@@ -29,6 +31,28 @@ LATENCY = {"cuda": (5e-6, 15e-6), "cpu": (50e-6, 200e-6)}
 #: Bytes a second that gloo moves between processes of one machine and over a network of 10 Gbit/s; and that a CPU moves
 #: to and from memory. Usual figures; what they are off by goes into the calibration.
 CPU_LINK, CPU_NETWORK, CPU_MEMORY = 2e9, 1.25e9, 10e9
+
+
+@dataclass(frozen=True)
+class Links:
+    """The network between nodes, as it was measured: its slowest link and its longest way.
+
+    Attributes:
+        bytes_per_second: What arrives over one TCP connection.
+        round_trip_seconds: Of one byte there and back.
+    """
+
+    bytes_per_second: float
+    round_trip_seconds: float
+
+    @classmethod
+    def of(cls, measured: Sequence[Mapping[str, Any]]) -> Links | None:
+        """From ``network`` of ``environment.json``; None where nothing was measured."""
+        if not measured:
+            return None
+        return cls(
+            min(link["bytes_per_second"] for link in measured), max(link["round_trip_seconds"] for link in measured)
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,18 @@ class Rates:
     def of_cpu(cls, peak_flops: float) -> Rates:
         """Of a CPU whose matrix product was measured."""
         return cls(peak_flops, EFFICIENCY["cpu"], CPU_MEMORY, CPU_LINK, CPU_NETWORK, LATENCY["cpu"])
+
+    def over(self, links: Links) -> Rates:
+        """With the network between nodes as it was measured.
+
+        A message takes half a round trip more than within a node. A ring crosses each node's network once each way,
+        however many ranks are on the node.
+        """
+        return replace(
+            self,
+            network=links.bytes_per_second,
+            latency=(self.latency[0], self.latency[0] + links.round_trip_seconds / 2),
+        )
 
 
 @dataclass(frozen=True)

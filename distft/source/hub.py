@@ -47,6 +47,13 @@ def in_hub(address: str) -> list[tuple[Path, str]]:
     return [(folder / name, f"hf://{repository}/{name}") for name in found]
 
 
+def known_token() -> str:
+    """Whether the hub was asked with a token, for people."""
+    from huggingface_hub import get_token
+
+    return "the HF_TOKEN here may not read it" if get_token() else "no HF_TOKEN is here"
+
+
 def _chosen(names: list[str], path: str, address: str) -> list[str]:
     if path in names:
         return [path]
@@ -127,10 +134,10 @@ def _explained(address: str) -> Iterator[None]:
         raise DataError(_UNREACHABLE, address, _MIRROR) from error
     except GatedRepoError as error:
         fix = "ask for access on its page, then: HF_TOKEN where it runs, or hf auth login"
-        raise DataError("the data set is gated", address, fix) from error
+        raise DataError(f"the data set is gated, and {known_token()}", address, fix) from error
     except RepositoryNotFoundError as error:
         fix = "check the name; for a private or gated one: HF_TOKEN where it runs, or hf auth login"
-        raise DataError("the hub has no such data set, or it is private", address, fix) from error
+        raise DataError(f"the hub has no such data set, or it is private, and {known_token()}", address, fix) from error
     except RevisionNotFoundError as error:
         raise DataError("the data set has no such revision", address, "check the name after @") from error
     except (HfHubHTTPError, OSError, ValueError) as error:

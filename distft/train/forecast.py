@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from distft.plan.choices import Choices
 from distft.plan.devices import known
 from distft.plan.estimate import Estimate, Workload, estimate, first_setup
 from distft.plan.fit import Subject, Way
-from distft.plan.hardware import Hardware
+from distft.plan.hardware import Hardware, has_rdma
 from distft.plan.memory import memory
-from distft.plan.speed import Rates
+from distft.plan.speed import Links, Rates
 from distft.runs import Run, training_curve, write_json
 from distft.world import World
 
@@ -39,11 +39,13 @@ class Forecast:
         estimate: Memory, and seconds of a step.
         subject: What is trained.
         key: What its runs are remembered under.
+        links: The network between its nodes, where that was measured and counts.
     """
 
     estimate: Estimate
     subject: Subject
     key: str
+    links: Links | None = None
 
 
 def forecast(
@@ -58,6 +60,7 @@ def forecast(
     labels: int,
     attended_tokens: float,
     fill: float,
+    links: Links | None = None,
 ) -> Forecast:
     """Predicts a run from what is known as its workers begin.
 
@@ -72,6 +75,7 @@ def forecast(
         labels: How many labels a classifier has.
         attended_tokens: The mean length of the segment that a token lies in.
         fill: The share of rows that is no padding.
+        links: The network between the nodes, measured with TCP: what gloo has, and NCCL where there is nothing faster.
     """
     subject = Subject.of(job, shape, labels)
     setup = first_setup(job, hardware, choices, -(-world.size // world.local_size))
@@ -80,8 +84,11 @@ def forecast(
     learnt = calibration.correction(calibration.read(calibration.calibration_path(), key))
     device = known(hardware.name) if hardware.device_type == "cuda" else None
     rates = Rates.of_cpu(peak_flops) if device is None else Rates.of(device, choices.dtype.value)
+    if setup.nodes == 1 or (hardware.device_type == "cuda" and has_rdma()):
+        links = None
+    rates = rates if links is None else rates.over(links)
     way = Way(setup, memory(subject.shape, subject.trained, setup, process_bytes + IMPORTED_LATER))
-    return Forecast(estimate(subject, way, rates, None, learnt, Workload.of(job, None, None)), subject, key)
+    return Forecast(estimate(subject, way, rates, None, learnt, Workload.of(job, None, None)), subject, key, links)
 
 
 def settle(run: Run, made: Forecast, path: Path | None = None) -> None:
@@ -135,8 +142,15 @@ def comparison(made: Forecast, measured: Mapping[str, float]) -> dict[str, Any]:
         "tokens_per_second": expected.tokens_per_second,
     }
     model = {"parameters": made.subject.shape.parameters, "trained": made.subject.trained}
+    network = {"network": None if made.links is None else asdict(made.links)}
     return {
-        "predicted": {**figures, "corrected_by_runs": expected.correction.runs, **model, **expected.as_json()},
+        "predicted": {
+            **figures,
+            "corrected_by_runs": expected.correction.runs,
+            **model,
+            **network,
+            **expected.as_json(),
+        },
         "measured": dict(measured),
         "error": {name: figure / measured[name] - 1 for name, figure in figures.items() if measured[name]},
     }

@@ -31,6 +31,7 @@ from distft.model import (
 from distft.model.shape import Shape, of_folder
 from distft.plan.choices import Choices, choose
 from distft.plan.hardware import Hardware, peak_flops
+from distft.plan.speed import Links
 from distft.runs import Run, event, read_json, read_lines, write_json
 from distft.train.environment import versions
 from distft.train.forecast import Forecast, forecast, settle
@@ -107,7 +108,7 @@ def work(
     pad = pad_id(load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code))
     engine, flops = _open(job, world, choices, prepared, model_folder, pad, kind)
     peak = peak_flops(hardware, DTYPES[choices.dtype.value]).flops
-    expected = _forecast(job, shape, choices, world, hardware, peak, prepared, process_bytes)
+    expected = _forecast(job, run, shape, choices, world, hardware, peak, prepared, process_bytes)
     with (
         FileReporter(run, is_main=world.is_main, trackers=followers(job, run) if world.is_main else ()) as files,
         Watchdog(run.logs / f"rank-{world.rank}.stack", attempt.stall_seconds) as watchdog,
@@ -158,6 +159,7 @@ def _agreed(decide: Callable[[], Choices], world: World) -> Choices:
 
 def _forecast(
     job: Job,
+    run: Run,
     shape: Shape,
     choices: Choices,
     world: World,
@@ -166,7 +168,8 @@ def _forecast(
     prepared: Prepared,
     process_bytes: int,
 ) -> Forecast:
-    """What this run is expected to take, from what its data is like."""
+    """What this run is expected to take, from what its data is like, and its network where the driver measured that."""
+    measured = read_json(run.environment).get("network", ()) if run.environment.exists() else ()
     rows = prepared.rows("train")
     tokens = rows.tokens(np.arange(len(rows)))
     return forecast(
@@ -180,6 +183,7 @@ def _forecast(
         labels=len(prepared.labels),
         attended_tokens=attended_tokens(rows),
         fill=min(1.0, tokens / (len(rows) * job.data.max_tokens)),
+        links=Links.of(measured),
     )
 
 

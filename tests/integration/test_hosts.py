@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,22 +63,29 @@ class Hosts:
 
     Args:
         folder: What belongs to them.
+        head: What Ray's head is started with.
+        environment: Of every process on them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, head: Sequence[str] = ("--num-cpus=0", "--include-dashboard=false"), **environment: str
+    ) -> None:
         self._sound: set[int] = set()
+        self._head = head
         self._net = f"10.77.{os.getpid() % 256}"
         self.address = f"{self._net}.1{HEAD}:6379"
         self.environment = {
             "HOSTS_DIR": str(folder),
             "HOSTS_NET": self._net,
             "RAY_worker_niceness": "0",  # else a busy machine starves the workers
+            "RAY_raylet_start_wait_time_s": "120",  # nor their start
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_gcs_storage": "rocksdb",
             "RAY_gcs_storage_path": str(folder / "gcs"),
             **HEAD_LOST,
             **HEALTH,
+            **environment,
         }
 
     def script(self, *words: str) -> str:
@@ -123,7 +130,7 @@ class Hosts:
         """Starts Ray on hosts."""
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"]
         if HEAD in numbers:
-            self.script("run", str(HEAD), *ray, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false")
+            self.script("run", str(HEAD), *ray, "--head", "--port=6379", *self._head)
         join = [*ray, f"--address={self.address}", "--num-cpus=1"]
         others = [self._start("run", str(number), *join) for number in numbers if number != HEAD]
         for other in others:

@@ -147,7 +147,9 @@ def test_a_job_over_two_nodes_that_is_told_to_stop_goes_on_from_its_checkpoint(s
     while slurm.on_controller("sinfo", "--noheader", "--format=%T").strip() != "idle":
         assert time.monotonic() < until, slurm.on_controller("sinfo")
         time.sleep(0.5)
-    job = re.findall(r"\d+", slurm.on_controller("sbatch", str(BATCH), "tiny.yaml", "--set", f"train.steps={STEPS}"))[0]
+    settings = [f"train.steps={STEPS}", "evaluate={samples: 8, compare_base: false}"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    job = re.findall(r"\d+", slurm.on_controller("sbatch", str(BATCH), "tiny.yaml", *words))[0]
     run = Run(slurm.folder / "runs" / f"slurm-{job}")
 
     def steps() -> int:

@@ -46,18 +46,23 @@ class Remote:
     """A cluster of one node, and a client of it with a home of its own.
 
     Two nodes on one machine would read each other's logs, or remove what the other has unpacked.
+
+    Args:
+        folder: The client's home, with a job in it.
+        temporary: Ray's.
+        python: What the node runs Ray with.
     """
 
-    def __init__(self, folder: Path, temporary: Path) -> None:
-        self.folder, self.runs = folder, folder / "shared" / "runs"
+    def __init__(self, folder: Path, temporary: Path, python: Path = Path(sys.executable)) -> None:
+        self.python, self.folder, self.runs = python, folder, folder / "shared" / "runs"
         self.url = f"http://127.0.0.1:{free_port()}"
         self.token = secrets.token_hex(32)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DISTFT_"))}
         self.nobody = {**kept, "HOME": str(folder)}
         self.environment = {**self.nobody, "RAY_AUTH_TOKEN": self.token}
         self.there = {
-            **kept,
-            "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
+            **{name: value for name, value in kept.items() if name != "PYTHONPATH"},
+            "PATH": f"{python.parent}:{kept['PATH']}",
             "OMP_NUM_THREADS": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
@@ -67,7 +72,7 @@ class Remote:
         self._temporary, self._session = temporary, 0
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=1"]
+        command = [str(self.python), "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=1"]
         command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--temp-dir={self._temporary}"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.url.rpartition(':')[2]}"]
         command += [f"--ray-client-server-port={free_port()}", f"--metrics-export-port={free_port()}"]
@@ -95,9 +100,11 @@ class Remote:
         environment = {**(environment or self.environment), "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=self.folder)
 
-    def distft(self, *words: str, status: int = 0, environment: dict[str, str] | None = None) -> tuple[str, str]:
+    def distft(
+        self, *words: str, status: int = 0, environment: dict[str, str] | None = None, seconds: float = 240
+    ) -> tuple[str, str]:
         process = self.begin(*words, environment=environment)
-        output, errors = process.communicate(timeout=240)
+        output, errors = process.communicate(timeout=seconds)
         assert process.returncode == status, f"{words} ended with {process.returncode}\n{output}\n{errors}"
         return output, errors
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from distft.model.shape import llama_tensors
+from distft.orchestrate.nodes.network import Link, Network
 
 SIZES = {"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "intermediate": 14336, "vocabulary": 128256}
 
@@ -107,3 +108,24 @@ def test_a_wrong_call_is_told(folder: Path, words: tuple[str, ...], said: str) -
     done, _ = plan(folder, *words)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_machines_are_planned_with_the_network_that_was_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTFT_CACHE", str(tmp_path / "cache"))
+    small = llama_tensors(layers=2, hidden=64, heads=4, kv_heads=4, intermediate=128, vocabulary=1000)
+    header = json.dumps({name: {"dtype": "BF16", "shape": shape} for name, shape in small.items()}).encode()
+    (folder / "model" / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config |= {"intermediate_size": 128, "vocab_size": 1000}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    link = Link("a", "b", bytes_per_second=1e6, round_trip_seconds=0.04)
+    Network(("x", "y"), (link,)).keep(tmp_path / "cache" / "network.json")
+    done, _ = plan(folder, "--workers", "2", "--nodes", "2", "--set", "train.batch_size=2", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["network"] == {"bytes_per_second": 1e6, "round_trip_seconds": 0.04}
+    (chosen,) = [one for one in told["plans"] if one["chosen"]]
+    assert chosen["seconds"]["sending"] > chosen["sent_bytes_per_step"] / 1e6 > 0

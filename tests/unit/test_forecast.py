@@ -14,6 +14,7 @@ from distft.orchestrate.fit import hardware_of
 from distft.plan import calibration
 from distft.plan.choices import choose
 from distft.plan.hardware import Hardware, host_memory_bytes
+from distft.plan.speed import Links
 from distft.runs import Run, append_line, read_json
 from distft.train.forecast import IMPORTED_LATER, Forecast, forecast, measure, settle
 from distft.world import World
@@ -31,26 +32,31 @@ def home(tmp_path_factory: pytest.TempPathFactory, module_cache: None) -> Path:
     return folder
 
 
-def expected(home: Path, hardware: Hardware = MACHINE) -> Forecast:
-    job = tiny.job(home)
+def expected(
+    home: Path, hardware: Hardware = MACHINE, world: World | None = None, links: Links | None = None
+) -> Forecast:
+    job, world = tiny.job(home), world or World()
     return forecast(
         job,
         LLAMA_8B,
-        choose(job, 1, hardware, shape=LLAMA_8B),
-        World(),
+        choose(job, world.size, hardware, shape=LLAMA_8B),
+        world,
         hardware,
         1e12,
         process_bytes=500_000_000,
         labels=0,
         attended_tokens=50.0,
         fill=0.9,
+        links=links,
     )
 
 
-def train_lines(run: Run, seconds: list[float], *, memory: int, workers: int = 1, rows: int = 7) -> None:
+def train_lines(
+    run: Run, seconds: list[float], *, memory: int, workers: int = 1, rows: int = 7, micro: int = 7
+) -> None:
     for step, took in enumerate(seconds, start=1):
         line = {"kind": "train", "step": step, "step_seconds": took, "tokens_per_second": 100 / took, "rows": rows}
-        shared = {"peak_memory_bytes": memory, "world_size": workers, "micro_batch_size": 7}
+        shared = {"peak_memory_bytes": memory, "world_size": workers, "micro_batch_size": micro}
         append_line(run.metrics, {**line, **shared})
 
 
@@ -89,6 +95,26 @@ def test_a_run_corrects_the_next_one(home: Path, tmp_path: Path, monkeypatch: py
     assert after.device_bytes == pytest.approx(memory, rel=1e-6)
     assert after.way == estimate.way
     assert after.correction.runs == 1
+
+
+def test_the_network_that_was_measured_sets_the_time_of_sending(home: Path, tmp_path: Path) -> None:
+    measured = [
+        {"source": "a", "target": "b", "bytes_per_second": 12.5e6, "round_trip_seconds": 0.04},
+        {"source": "b", "target": "a", "bytes_per_second": 50e6, "round_trip_seconds": 0.001},
+    ]
+    links = Links.of(measured)
+    apart = World(0, 2, 0, 1)
+    made = expected(home, world=apart, links=links)
+    usual = expected(home, world=apart).estimate.time
+    assert made.estimate.time.sending == pytest.approx(usual.sending * 1.25e9 / 12.5e6, rel=0.01)
+    assert made.estimate.time.compute == usual.compute
+    train_lines(Run(tmp_path), [1.0] * 4, memory=10, workers=2, micro=made.estimate.setup.micro_batch_size)
+    settle(Run(tmp_path), made, tmp_path / "calibration.json")
+    said = read_json(Run(tmp_path).plan)["predicted"]["network"]
+    assert said == {"bytes_per_second": 12.5e6, "round_trip_seconds": 0.04}
+    together = expected(home, world=World(0, 2, 0, 2), links=links)  # on one node it means nothing
+    assert together.links is None
+    assert Links.of(()) is None
 
 
 def test_too_few_steps_or_those_of_other_groups_tell_nothing(home: Path, tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def test_a_folder_that_is_not_shared_is_told_with_the_setting_that_names_it() ->
     assert found.level == "problem"
     assert found.text == "does not see what the driver writes there: /data/runs"
     assert "--runs or DISTFT_RUNS" in found.fix
+    refused = Trouble("s3://states/runs", "checkpoint.storage", "access is refused (403)")
+    (found,) = judged(replace(SOUND, troubles=(refused,)))
+    assert "credentials, in the environment of `ray start`" in found.fix
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,8 @@ def test_the_cluster_in_a_line_has_its_slowest_link() -> None:
     other = Report("10.0.0.3", facts=replace(DRIVERS, interface="ens5"))
     said = describe([SOUND, other], Network(("a", "b"), links))
     assert said == "2 nodes; 12.5 MB/s and 20 ms there and back between them; gloo at ens5, eth0"
+    with_gpus = Report("10.0.0.2", facts=replace(DRIVERS, interface="ens5", nccl_interface="ens5"))
+    assert describe([with_gpus], None) == "1 node; gloo at ens5, NCCL at ens5"
 
 
 def test_the_rate_leaves_the_slow_beginning_out() -> None:

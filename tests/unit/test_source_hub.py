@@ -94,9 +94,9 @@ print(json.dumps(answers))
 """
 
 
-def ask(endpoint: str, home: Path, *addresses: str) -> list[list[list[str]] | str]:
+def ask(endpoint: str, home: Path, *addresses: str, **more: str) -> list[list[list[str]] | str]:
     """What each address comes to, in a process of its own: huggingface_hub reads its settings when it is imported."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **more}
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))} | settings
     done = subprocess.run(
         [sys.executable, "-c", ASK, *addresses], env=env, capture_output=True, text=True, check=True, timeout=120
@@ -143,8 +143,13 @@ def test_what_the_hub_lacks(hub: str, tmp_path: Path) -> None:
         "hf://owner/speeches/*.parquet",
     )
     for answer, part in zip(
-        said, ("near it: data/test.jsonl", "no such data set", "no such revision", "looked in"), strict=True
+        said,
+        ("near it: data/test.jsonl", "private, and no HF_TOKEN is here", "no such revision", "looked in"),
+        strict=True,
     ):
         assert part in answer
+    (answer,) = ask(hub, tmp_path, "hf://owner/speechs", HF_TOKEN="hf_planted")
+    assert "private, and the HF_TOKEN here may not read it" in answer
+    assert "planted" not in answer
     with pytest.raises(JobError, match="no address of a data set"):
         source.files("hf://owner", tmp_path)

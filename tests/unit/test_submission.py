@@ -21,7 +21,7 @@ from distft.orchestrate.cluster import MARKET, Node
 from distft.orchestrate.submission import parcel as parcel_module
 from distft.orchestrate.submission.driver import prepare
 from distft.orchestrate.submission.jobs import NODE, Cluster, Submitted, _Told, driver_labels, url_of
-from distft.orchestrate.submission.parcel import Order, Parcel, installation, parcel
+from distft.orchestrate.submission.parcel import Order, Parcel, extras_of, installation, parcel
 from tests.support import ROOT, free_port
 
 JOB = """\
@@ -126,7 +126,7 @@ def test_a_secret_is_not_sent_and_not_shown(folder: Path, setting: str, secret: 
 
 
 def test_a_secret_in_the_job_file_is_named_by_its_line(folder: Path) -> None:
-    with pytest.raises(JobError, match=r"job\.yaml:4: this looks like a secret"):
+    with pytest.raises(JobError, match=r"job\.yaml:4  this looks like a secret"):
         packed(folder, data="s3://key:word@bucket/rows/*.jsonl")
 
 
@@ -217,7 +217,18 @@ def test_what_is_installed_is_what_the_package_asks_for(tmp_path: Path) -> None:
         assert made[0] != made[1]
         assert made[0][0] == "--constraint ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt"
         assert any(package.startswith("deepspeed") for package in made[0])
-        assert not [package for package in made[0] if package.startswith("pytest")]
+        assert not [package for package in made[0] if package.startswith(("pytest", "mlflow", "wandb"))]
+
+
+def test_what_a_job_needs_beside_is_installed_too(folder: Path) -> None:
+    assert extras_of(packed(folder).checked) == []
+    lora = "{kind: lora, quantize: nf4}"
+    made = packed(folder, settings=["track.mlflow=http://mlflow:5000", f"model.adapter={lora}"])
+    assert extras_of(made.checked) == ["gpu", "mlflow"]
+    packages: Any = installation("uv", ROOT / "constraints.txt", extras_of(made.checked))["uv"]
+    names = {re.split(r"[^\w-]", package)[0] for package in packages["packages"]}
+    assert {"bitsandbytes", "mlflow-skinny", "ray", "torch"} <= names
+    assert not names & {"wandb", "vllm", "pytest"}
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "auto", "s3://x", "http://user:word@head:8265", ""])

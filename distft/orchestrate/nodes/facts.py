@@ -46,7 +46,7 @@ class Facts:
         host: Its name.
         versions: By package; Python's too, and a digest of distft's source, which tells checkouts apart.
         interface: The network interface that has the node's address, where gloo's ranks meet; None where none has it.
-        nccl_interface: What NCCL_SOCKET_IFNAME tells NCCL to use; None: it chooses itself.
+        nccl_interface: The one that NCCL's ranks use: what NCCL_SOCKET_IFNAME says, else the same; None without GPUs.
         rooms: Memory, shared memory and disks.
     """
 
@@ -65,11 +65,12 @@ def gather(address: str, folders: Sequence[str], ray_folder: str) -> Facts:
         folders: On whose disks room is wanted.
         ray_folder: Ray's temporary folder.
     """
+    interface = interface_of(address)
     return Facts(
         socket.gethostname(),
         {"python": platform.python_version(), **versions(), "distft's source": source_digest()},
-        interface_of(address),
-        os.environ.get("NCCL_SOCKET_IFNAME"),
+        interface,
+        os.environ.get("NCCL_SOCKET_IFNAME", interface if shutil.which("nvidia-smi") else None),
         (
             *memory_rooms(),
             *(disk_room(folder) for folder in folders),

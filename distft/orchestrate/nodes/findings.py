@@ -113,13 +113,10 @@ def _of_node(driver: Facts, report: Report) -> Iterator[Finding]:
         return
     yield from _versions(driver, report.facts, report.name)
     for trouble in report.troubles:
-        yield Finding(
-            "problem",
-            "storage",
-            f"{trouble.text}: {trouble.address}",
-            report.name,
-            f"mount the driver's folder there under the same path, or set {trouble.setting} to one that all nodes see",
-        )
+        fix = f"mount the driver's folder there under the same path, or set {trouble.setting} to one that all nodes see"
+        if "://" in trouble.address:
+            fix = "give the node the bucket's credentials, in the environment of `ray start`"
+        yield Finding("problem", "storage", f"{trouble.text}: {trouble.address}", report.name, fix)
     yield from _clock(report)
     for address, why in report.unreached:
         yield Finding(
@@ -194,9 +191,9 @@ def describe(reports: Sequence[Report], network: Network | None) -> str:
 
 
 def interfaces(reports: Sequence[Report]) -> str:
-    """Which interfaces gloo's ranks meet at, and what NCCL is told, where it is told."""
+    """Which interfaces gloo's ranks meet at, and NCCL's, where there are GPUs."""
     facts = [report.facts for report in reports if report.facts is not None]
     gloo = sorted({one.interface or "the address of the host's name" for one in facts})
     nccl = sorted({one.nccl_interface for one in facts if one.nccl_interface})
     told = [f"gloo at {', '.join(gloo)}"] if gloo else []
-    return ", ".join([*told, *([f"NCCL at {', '.join(nccl)} (NCCL_SOCKET_IFNAME)"] if nccl else [])])
+    return ", ".join([*told, *([f"NCCL at {', '.join(nccl)}"] if nccl else [])])

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distft.runs import read_json, write_json
+from distft.world import cache_folder
 
 #: Round trips of a byte, of which the median counts.
 ROUNDS = 11
@@ -76,6 +77,11 @@ class Network:
     def keep(self, file: Path) -> None:
         """Writes it down, for :meth:`known`."""
         write_json(file, asdict(self))
+
+
+def network_file() -> Path:
+    """Where the network that was measured last is kept: :meth:`Network.known` reads it, and ``distft plan``."""
+    return cache_folder() / "network.json"
 
 
 class Listener:

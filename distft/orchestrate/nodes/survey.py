@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
@@ -17,10 +16,9 @@ from distft.errors import CapacityError, DistftError
 from distft.orchestrate.cluster import Node, live_nodes
 from distft.orchestrate.nodes.facts import Facts, gather
 from distft.orchestrate.nodes.findings import Report, Trouble
-from distft.orchestrate.nodes.network import Link, Network
+from distft.orchestrate.nodes.network import Link, Network, network_file
 from distft.orchestrate.nodes.probe import Probe
 from distft.orchestrate.nodes.shared import DRIVER, Shared, reason_of
-from distft.world import cache_folder
 
 #: How long a node may take to start a process and answer. One that is gone is known to be within a minute, see
 #: :mod:`distft.orchestrate.cluster`, and then not waited for.
@@ -64,11 +62,6 @@ class Survey:
             ],
             "network": [] if self.network is None else [asdict(link) for link in self.network.links],
         }
-
-
-def network_file() -> Path:
-    """Where the network that was measured last is kept: :meth:`.network.Network.known` reads it."""
-    return cache_folder() / "network.json"
 
 
 def survey(nodes: Sequence[Node], places: Mapping[str, str], *, anew: bool = False) -> Survey:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from distft import __version__
 from distft.errors import CapacityError, DistftError, JobError, RunError
 from distft.orchestrate.cluster import MARKET, Node
-from distft.orchestrate.submission.parcel import Parcel, installation
+from distft.orchestrate.submission.parcel import Parcel, extras_of, installation
 from distft.runs import Run
 
 #: How long a job that is told to stop may take for its checkpoint; Ray's default is 3 s.
@@ -126,7 +126,7 @@ class Cluster:
         environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
         if install is not None:
             environment |= {
-                **installation(install, parcel.files["constraints.txt"]),
+                **installation(install, parcel.files["constraints.txt"], extras_of(parcel.checked)),
                 "config": {"setup_timeout_seconds": INSTALL_SECONDS},
             }
         with tempfile.TemporaryDirectory() as folder, self._explained():

@@ -13,13 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from packaging.markers import Marker
+from packaging.requirements import Requirement
 
 from distft.config import Job, UnusableFiles, check, relative_files
 from distft.errors import CapacityError, JobError
@@ -28,11 +30,6 @@ from distft.errors import CapacityError, JobError
 LIMIT_BYTES = 100 * 2**20
 #: The most files that an error names.
 NAMED_FILES = 5
-
-#: What looks like a secret: a password in an address, and keys of the Hugging Face hub, AWS, GitHub and OpenAI.
-SECRET = re.compile(
-    r"://[^/\s:@]*:[^/\s@]+@|\bhf_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{30,}|\bsk-[\w-]{20,}"
-)
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def parcel(
         constraints: The versions to install there; None: nothing is installed.
 
     Raises:
-        JobError: The job file has mistakes (every one of them), a secret stands in it, or ``runs`` is no absolute path.
+        JobError: The job file has mistakes (every one of them) or holds a secret, or ``runs`` is no absolute path.
         UnusableFiles: Files that it names by relative paths are not there. Others are the cluster's.
         CapacityError: The files are more than Ray takes.
     """
@@ -116,7 +113,6 @@ def parcel(
     checked = Job.load(job, [*settings, *named])
     if problems := check(checked, relative_only=True):
         raise UnusableFiles(problems)
-    _refuse_secrets(str(job), checked.text, settings)
     if runs is not None and not Path(runs).is_absolute():
         fix = "name the folder as the cluster's nodes see it, from / on"
         raise JobError(f"{runs!r} is no absolute path", where="--runs", fix=fix)
@@ -140,7 +136,7 @@ def parcel(
     return made
 
 
-def installation(tool: Literal["uv", "pip"], constraints: Path) -> dict[str, object]:
+def installation(tool: Literal["uv", "pip"], constraints: Path, extras: Collection[str] = ()) -> dict[str, object]:
     """The part of Ray's runtime environment that installs what distft needs, at the versions of ``constraints.txt``.
 
     Source: https://docs.ray.io/en/releases-2.60.0/ray-core/handling-dependencies.html
@@ -148,12 +144,30 @@ def installation(tool: Literal["uv", "pip"], constraints: Path) -> dict[str, obj
     Args:
         tool: What installs.
         constraints: The file that is sent along, by whose content Ray is to tell environments apart.
+        extras: Of distft's extras, those that the job needs.
     """
-    requirements = [line for line in metadata.requires("distft") or () if "extra ==" not in line]
+    wanted = [Requirement(line) for line in metadata.requires("distft") or ()]
+    needed = [one for one in wanted if one.marker is None or any(_holds(one.marker, extra) for extra in ("", *extras))]
+    requirements = [str(one).partition(";")[0].strip() for one in needed]
     digest = hashlib.sha256(constraints.read_bytes()).hexdigest()[:16]
     # Lines of a requirements file: pip fills in variables there, and nowhere else.
     pinned = ["--constraint ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt", f"# of {digest}"]
     return {tool: {"packages": [*pinned, *requirements]}}
+
+
+def extras_of(job: Job) -> list[str]:
+    """Distft's extras that a job cannot do without."""
+    adapter, track = job.model.adapter, job.track
+    needed = {
+        "gpu": adapter is not None and adapter.quantize is not None,
+        "mlflow": track.mlflow is not None,
+        "wandb": track.wandb is not None,
+    }
+    return [extra for extra, so in needed.items() if so]
+
+
+def _holds(marker: Marker, extra: str) -> bool:
+    return bool(marker.evaluate({"extra": extra}))
 
 
 def _package() -> Iterator[tuple[str, Path]]:
@@ -187,16 +201,3 @@ def _refuse_large(total: int, files: dict[str, Path]) -> None:
         where="data.source, model.source",
         fix="put them where all nodes see them, and name them there: an absolute path, s3://, gs:// or hf://",
     )
-
-
-def _refuse_secrets(name: str, text: str, settings: Sequence[str]) -> None:
-    """Job file and settings are kept in the run's folder and shown by Ray: a secret in them is one no more."""
-    lines = [(f"{name}:{number}", line) for number, line in enumerate(text.splitlines(), start=1)]
-    settled = [(f"--set {setting.partition('=')[0]}", setting) for setting in settings]
-    for where, line in (*lines, *settled):
-        if SECRET.search(line):
-            raise JobError(
-                "this looks like a secret, and what is sent is shown to all who may use the cluster",
-                where=where,
-                fix="put it into the environment of the cluster's nodes (HF_TOKEN, AWS_SECRET_ACCESS_KEY ...)",
-            )

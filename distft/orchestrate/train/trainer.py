@@ -25,14 +25,15 @@ from distft.orchestrate.nodes.facts import interface_of
 
 
 def _meet_at_node() -> None:
-    """Has gloo's ranks meet at the address that Ray knows this node by.
+    """Has ranks meet at the address that Ray knows this node by, unless the node's environment says otherwise.
 
     Left alone, gloo takes the address that the host's name stands for there: on many hosts 127.0.0.1 or 127.0.1.1,
-    where other hosts cannot reach it.
+    where other hosts cannot reach it; NCCL takes the first interface that is neither a loopback nor Docker's.
     """
     interface = interface_of(ray.util.get_node_ip_address())
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without "=" also those whose names begin so
 
 
 class _Backend(_TorchBackend):  # type: ignore[misc]  # Ray's types are not read

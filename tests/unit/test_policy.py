@@ -72,6 +72,7 @@ def test_the_same_error_twice_at_the_same_step_ends_the_run_at_once_and_is_said_
     )
     assert isinstance(after(bug(None), bug(None)), GiveUp)
     assert "before the first step" in str(after(bug(None), bug(None)))
+    assert "before the first step" in str(after(bug(0), bug(0)))
 
 
 @pytest.mark.parametrize("other", [bug(6), bug(None), bug(text="ValueError: no such column"), lost(5)])

@@ -23,7 +23,7 @@ class Failure:
         kind: What happened.
         text: The same for people, in a line or a few.
         ranks: Whom it struck; none where it is not known.
-        step: The last step that the group made, or None where it made none.
+        step: The last step of the run that the group made or began after, or None where it did not come so far.
     """
 
     kind: Kind
@@ -85,7 +85,7 @@ def decide(failure: Failure, history: Sequence[Failure], *, max_failures: int, m
     if failure.kind == "preempted":
         return _after_preemption(failure, history)
     if failure.kind == "error" and any(_same(failure, earlier) for earlier in history):
-        place = "before the first step" if failure.step is None else f"after step {failure.step:,}"
+        place = f"after step {failure.step:,}" if failure.step else "before the first step"
         return GiveUp(f"the same error twice {place}: {failure}", "an error of the code or the data: mend it")
     counted = sum(one.kind not in ("out_of_memory", "preempted") for one in (*history, failure))
     if counted <= max_failures:

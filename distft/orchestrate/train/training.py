@@ -115,6 +115,7 @@ class Training:
         self._meters = Meters(run, listener.note)
         self._offset = run.metrics.stat().st_size if run.metrics.exists() else 0
         self._step: int | None = None  # the last one of this group of workers
+        self._begun: int | None = None  # the one that it began after
         self._limit: int | None = None  # rows of a pass that memory holds, once that is known
         self._head_silent, self._head_lost = False, False
         self._threads = max(1, int(need.get("CPU", 1)))
@@ -186,7 +187,7 @@ class Training:
         environment = self._standby.take(workers, nodes) if self._standby else None
         watch = Watch(self._run, began, self._need, workers, self._bounds.max, self._requests)
         clock = StallClock(self._run, set_seconds)
-        self._step, stalled = None, None
+        self._step, self._begun, stalled = None, None, None
         # Ray Train takes Ctrl-C for itself where it has the main thread.
         fitting = in_background(lambda: fit(assignment, workers, self._need, selectors, environment))
         try:
@@ -217,7 +218,8 @@ class Training:
         if isinstance(ended, Outcome):
             return ended
         kind: Kind = "preempted" if ended.kind == "lost" and watch.preempted else ended.kind
-        return dataclasses.replace(stalled or dataclasses.replace(ended, kind=kind), step=self._step)
+        step = self._begun if self._step is None else self._step
+        return dataclasses.replace(stalled or dataclasses.replace(ended, kind=kind), step=step)
 
     def _make_ready(self, began: float) -> None:
         """Has processes stand by for the next group of workers, once this one trains."""
@@ -299,6 +301,8 @@ class Training:
             clock.record(record)
             if record["kind"] == "train":
                 self._step = record["step"]
+            elif "workers" in record:
+                self._begun = record["step"]
             self._listener.record(record)
             self._meters.record(record)
 

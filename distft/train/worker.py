@@ -326,7 +326,7 @@ def _start(
     for problem in problems:
         training.reporter.event(event("damaged", progress.step, problem))
     what = f"ZeRO {choices.stage.value}, {choices.dtype.value}"
-    share = f"{training.order.steps:,} steps on {engine.world.size} workers, {what}"
+    share = f"{training.order.steps:,} steps on {_workers(engine.world.size)}, {what}"
     name, where = _beginning(before, progress, engine.world.size)
     seconds = {} if attempt.began is None else {"seconds": time.time() - attempt.began}
     training.reporter.event({**event(name, progress.step, f"{where}{share}"), **seconds, "workers": engine.world.size})
@@ -342,9 +342,12 @@ def _beginning(before: Sequence[Record], progress: Progress, workers: int) -> tu
         return "start", ""
     where = f"from the checkpoint of step {progress.step:,}; " if progress.step else "from the beginning; "
     if known and known[-1]["workers"] != workers:
-        count = known[-1]["workers"]
-        return "resize", f"{count} worker{'' if count == 1 else 's'} before; {where}"
+        return "resize", f"{_workers(known[-1]['workers'])} before; {where}"
     return ("resume" if before[-1]["event"] in ("interrupted", "exploit") else "restart"), where
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
 
 
 def _record(run: Run, choices: Choices) -> None:

@@ -164,6 +164,26 @@ def test_the_verdict_follows_from_the_interval(
         )
 
 
+def test_what_is_pressing_stands_first_and_other_gains_are_told(tmp_path: Path) -> None:
+    run = run_of("language_modeling", tmp_path / "run", steps=4)
+    write_json(run.evaluation, scores(perplexity=(-4.0, 0.5), loss=(0.3, 0.1), bits_per_byte=(-0.3, 0.1)))
+    reasons = judge(read(run)).reasons
+    assert [reason.level for reason in reasons] == sorted(
+        (reason.level for reason in reasons), key=["bad", "note", "good"].index
+    )
+    told = [reason.text for reason in reasons]
+    assert "Loss got worse by 0.3000 (95 % interval 0.2000 to 0.4000)." in told
+    assert "Better for sure in other scores: bits per byte." in told
+
+
+def test_a_table_of_labels_and_what_each_example_was_taken_for(tmp_path: Path) -> None:
+    made = render(read(run_of("classification", tmp_path / "run", steps=4)))
+    assert re.search(r'<table id="labels">.*?<th scope="col" class="number">train</th>', made, re.DOTALL)
+    assert "labels' shares 0." in made or "labels' shares 1." in made
+    assert set(re.findall(r'aria-label="(right|wrong)"', made)) <= {"right", "wrong"}
+    assert 'aria-label="wrong"' in made or 'aria-label="right"' in made
+
+
 def test_what_did_not_change_is_said_to_be_the_same(tmp_path: Path) -> None:
     run = run_of("language_modeling", tmp_path / "run", steps=4)
     write_json(run.evaluation, scores(perplexity=(0.0, 0.5)))

@@ -45,6 +45,7 @@ def settings(arguments: argparse.Namespace) -> list[str]:
         "track.tensorboard=false",
         "zero.stage=2",
         f"model.dtype={arguments.dtype}",
+        f"seed={arguments.seed}",
     ]
 
 
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a step, over both ranks")
     parser.add_argument("--steps", type=int, default=4, help="steps of a run; the first is not counted")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=17, help="of the order of rows")
     parser.add_argument("--without", nargs="*", default=[], choices=("bare_deepspeed", "trl"))
     parser.add_argument("--trl-environment", type=Path, default=cache_folder() / "benchmarks" / "trl")
     arguments = parser.parse_args()

@@ -5,10 +5,7 @@ It trains on rows of one length (B, T) in a .npy file and prints one JSON line o
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import resource
 import time
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -17,17 +14,12 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from measuring import deepspeed_settings, parser, tell
 from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--rows", required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), required=True)
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -37,15 +29,7 @@ def main() -> None:
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": 1.0,
-            "bf16": {"enabled": dtype == torch.bfloat16},
-            "zero_optimization": {"stage": 2, "overlap_comm": False},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
+        config={**deepspeed_settings(arguments, size), "steps_per_print": 10**9},
     )
     rows = torch.from_numpy(np.load(arguments.rows))
     seconds, losses = [], []
@@ -61,10 +45,7 @@ def main() -> None:
         dist.barrier()
         seconds.append(time.perf_counter() - start)
         losses.append(total / accumulation)
-    peak = [0] * size
-    dist.all_gather_object(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    if rank == 0:
-        print(json.dumps({"step_seconds": seconds, "losses_rank_0": losses, "peak_memory_bytes": max(peak)}))
+    tell(seconds, losses)
 
 
 if __name__ == "__main__":

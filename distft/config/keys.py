@@ -74,6 +74,18 @@ ELSEWHERE = {
 }
 """Names from transformers, DeepSpeed and Ray, and the key that says the same here."""
 
+_QUANTISED = (
+    "not here: ZeRO++ rounds what it sends to few bits, so the loss would change with the workers; "
+    "DeepSpeed has it for GPUs alone"
+)
+_HPZ = (
+    "not built yet: ZeRO++'s second partition of the weights in each node; zero.stage: 3 gathers them from all workers"
+)
+_SEQUENCE_PARALLEL = (
+    "not here: over rows split between workers DeepSpeed's Ulysses drops the mask that keeps packed texts apart; "
+    "for rows too long for a device there are train.activation_checkpointing and zero.stage: 3"
+)
+
 WITHOUT = {
     "gradient_accumulation_steps": "accumulation follows from train.batch_size, train.micro_batch_size and the workers",
     "save_total_limit": "checkpoint.budget keeps checkpoints within a number of bytes",
@@ -84,6 +96,31 @@ WITHOUT = {
     "completion_only_loss": "prompts carry no loss in task.kind: generation",
     "load_in_8bit": "frozen weights are kept in four bits, by model.adapter.quantize: nf4, or as they are",
     "output_dir": "runs are kept under --runs DIR",
+    **dict.fromkeys(
+        (
+            "zero_quantized_weights",
+            "zero_quantized_gradients",
+            "zero_quantized_nontrainable_weights",
+            "quantized_weights",
+            "quantized_gradients",
+            "zeropp",
+            "qwz",
+            "qgz",
+        ),
+        _QUANTISED,
+    ),
+    **dict.fromkeys(("zero_hpz_partition_size", "hpz_partition_size", "hpz"), _HPZ),
+    **dict.fromkeys(
+        (
+            "sequence_parallel",
+            "sequence_parallel_size",
+            "sp_size",
+            "ulysses",
+            "context_parallel_size",
+            "context_parallel",
+        ),
+        _SEQUENCE_PARALLEL,
+    ),
 }
 """Names from elsewhere that have no key here, and why."""
 

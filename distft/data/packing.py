@@ -27,7 +27,9 @@ def pack(lengths: NDArray[np.int32], max_tokens: int) -> tuple[NDArray[np.int64]
         lengths: Tokens of each segment, 1 .. ``max_tokens``.
         max_tokens: Tokens that a row holds.
     """
-    order = np.argsort(-lengths, kind="stable")
+    # Numpy sorts numbers of 16 bits by radix, in linear time; others it compares.
+    least = np.uint16 if max_tokens <= np.iinfo(np.uint16).max else np.int32
+    order = np.argsort((max_tokens - lengths).astype(least), kind="stable")
     ordered = lengths[order]
     row_of = np.empty(len(lengths), dtype=np.int32)
     space = _Space()

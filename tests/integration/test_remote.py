@@ -91,8 +91,7 @@ class Remote:
 
     def status(self, who: str, path: str, content: Any = None, host: str | None = None) -> int:
         """Of an answer over HTTP; 0 where there is none."""
-        method, url = ("GET", f"{self.url}{path}") if content is None else ("POST", f"{self.url}{path}")
-        url = url if host is None else f"{host}{path}"
+        method, url = "GET" if content is None else "POST", f"{host or self.url}{path}"
         try:
             return httpx.request(method, url, json=content, headers=self.headers(who), timeout=30).status_code
         except httpx.HTTPError:

@@ -55,6 +55,13 @@ setup() {
 environment() {
   [ -s ~/.ray/auth_token ] || fail "no ~/.ray/auth_token; make one where you call ray up: ray get-auth-token --generate"
   chmod 600 ~/.ray/auth_token
+  if [ -e ~/.distft_env ]; then # secrets of jobs: NAME=VALUE lines
+    chmod 600 ~/.distft_env
+    set -a
+    # shellcheck source=/dev/null
+    . ~/.distft_env
+    set +a
+  fi
   export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
   export DISTFT_RUNS=$DISTFT_SHARED/runs DISTFT_CACHE=$DISTFT_SHARED/cache PATH=$venv/bin:$PATH
   unset OMP_NUM_THREADS # `ray up` sets it to 1 for its own commands, and every worker would inherit it

@@ -63,6 +63,24 @@ def test_shellcheck_finds_nothing_in_the_scripts(script: str) -> None:
     subprocess.run([tool("shellcheck"), "-x", script], cwd=FOLDER, check=True)
 
 
+def test_a_node_starts_ray_with_its_secrets_in_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    for name in ("node.sh", "values.env"):
+        shutil.copy(FOLDER / name, tmp_path / "cluster")
+    ray = tmp_path / ".venv" / "bin" / "ray"
+    ray.parent.mkdir(parents=True)
+    ray.write_text('#!/bin/sh\necho "$1 $HF_TOKEN $RAY_AUTH_MODE"\n')
+    ray.chmod(0o755)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("token")
+    (tmp_path / ".distft_env").write_text("HF_TOKEN=planted\n")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RAY_HEAD_IP": "192.0.2.10"}
+    command = ["bash", str(tmp_path / "cluster" / "node.sh"), "worker"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "start planted token\n"
+    assert (tmp_path / ".distft_env").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_slurm_script_is_requeued_and_appends_to_its_log() -> None:
     options = re.findall(r"^#SBATCH (\S+)", (FOLDER / "slurm" / "distft.sbatch").read_text(), re.MULTILINE)
     assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1", "--signal=B:USR1@300"} <= set(options)

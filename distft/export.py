@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distft.certificate.identity import identity
+from distft.certificate.identity import identity, weights_of
 from distft.certificate.record import FILE as CERTIFICATE
 from distft.certificate.record import KEY, Record, as_json
+from distft.certificate.shared import ADAPTER, BASE
 from distft.checkpoint import Checkpoint, weights
 from distft.config import Job
 from distft.data.store import Prepared
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1
-ADAPTER = "adapter"
-"""The folder beside a merged model that holds its adapter alone."""
 
 
 def export(
@@ -89,7 +88,7 @@ def export(
         if merge:
             _write_model(job, model, tokenizer, pad, folder)
         if parity is not None:
-            write_json(folder / CERTIFICATE, {KEY: parity.as_json(folder)})
+            write_json(folder / CERTIFICATE, {KEY: parity.as_json(folder), **_base(job, model_folder)})
         write_card(job, checkpoint, folder, dtype=dtype, merged=merge, scores=scores)
     return to
 
@@ -105,14 +104,15 @@ def write_card(
 ) -> None:
     """Writes an export's model card and, last, ``distft.json``, which vouches for every file; arguments as above.
 
-    A parity certificate that the file holds already stays in it.
+    A parity certificate that the file holds already stays in it, and what base its adapter belongs to.
     """
     (folder / "README.md").write_text(model_card(job, checkpoint, dtype, scores, merged=merged), encoding="utf-8")
     for path in _files(folder):
         path.chmod(0o644)  # safetensors writes 0600; a served folder is read by another user
     path = folder / CERTIFICATE
-    parity = read_json(path).get(KEY) if path.exists() else None
-    _vouch(job, folder, checkpoint.step, dtype, checkpoint.state.labels, parity)
+    known = read_json(path) if path.exists() else {}
+    kept = {key: known[key] for key in (KEY, BASE) if key in known}
+    _vouch(job, folder, checkpoint.step, dtype, checkpoint.state.labels, kept)
 
 
 def export_base(job: Job, model_folder: Path, to: Path, *, dtype: str, prepared: Path) -> Path:
@@ -130,6 +130,7 @@ def export_base(job: Job, model_folder: Path, to: Path, *, dtype: str, prepared:
     """
     from distft.model import DTYPES, load_tokenizer, pad_id, training_model
 
+    itself = {BASE: weights_of(model_folder)}
     job = job.model_copy(update={"model": job.model.model_copy(update={"adapter": None})})
     tokenizer = load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code)
     pad = pad_id(tokenizer)
@@ -137,13 +138,20 @@ def export_base(job: Job, model_folder: Path, to: Path, *, dtype: str, prepared:
     parity = _Parity.of(job, model, model_folder, tokenizer, [], prepared)
     with _whole_or_not_at_all(to) as folder:
         _write_model(job, model, tokenizer, pad, folder)
-        _vouch(job, folder, 0, dtype, [], parity.as_json(folder))
+        _vouch(job, folder, 0, dtype, [], {KEY: parity.as_json(folder), **itself})
     return to
 
 
-def _vouch(job: Job, folder: Path, step: int, dtype: str, labels: list[str], parity: Any) -> None:
+def _vouch(job: Job, folder: Path, step: int, dtype: str, labels: list[str], more: dict[str, Any]) -> None:
     """Writes ``distft.json``, once all other files are there."""
-    write_json(folder / CERTIFICATE, _certificate(job, step, dtype, labels, folder) | ({KEY: parity} if parity else {}))
+    write_json(folder / CERTIFICATE, _certificate(job, step, dtype, labels, folder) | more)
+
+
+def _base(job: Job, model_folder: Path) -> dict[str, str]:
+    """The hash of the base, where it and the adapter are all of the model: so several can be served over one base."""
+    adapter = job.model.adapter
+    alone = adapter is not None and not adapter.dora and adapter.quantize is None and job.task.kind != "classification"
+    return {BASE: weights_of(model_folder)} if alone else {}
 
 
 @dataclass(frozen=True)

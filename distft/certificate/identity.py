@@ -63,7 +63,7 @@ class Identity:
     @property
     def weights(self) -> str:
         """One hash of all tensors: names, dtypes, shapes and bytes, in whatever files they lie."""
-        return _digest("\n".join(f"{name} {self.tensors[name]}" for name in sorted(self.tensors)))
+        return _one(self.tensors)
 
     @property
     def dtypes(self) -> set[str]:
@@ -72,17 +72,34 @@ class Identity:
         return {DTYPES.get(name, name) for name in found}
 
 
-def identity(folder: Path) -> Identity:
-    """Reads every byte of the folder's weights.
+def identity(folder: Path, *, weights: bool = True) -> Identity:
+    """Reads every byte of the folder's weights; or none of them, and tells of no tensors.
 
     Raises:
         DataError: A file cannot be read.
     """
     try:
         stops, settings = _settings(folder)
-        return Identity(_tensors(folder), _tokenizer(folder), _template(folder), stops, settings)
+        tensors = _tensors(folder) if weights else {}
+        return Identity(tensors, _tokenizer(folder), _template(folder), stops, settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"the model's files cannot be read: {error}", where=str(folder)) from error
+
+
+def weights_of(folder: Path) -> str:
+    """:attr:`Identity.weights` of a folder of which nothing else is looked at.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    try:
+        return _one(_tensors(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the weights cannot be read: {error}", where=str(folder)) from error
+
+
+def _one(tensors: dict[str, str]) -> str:
+    return _digest("\n".join(f"{name} {tensors[name]}" for name in sorted(tensors)))
 
 
 def _digest(data: str | memoryview) -> str:

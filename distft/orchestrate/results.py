@@ -11,15 +11,16 @@ from typing import Any
 
 from distft import evaluation
 from distft import model as models
+from distft.certificate.shared import ADAPTER
 from distft.checkpoint import Checkpoint, best, complete, newest_sound, signing_key, storage_of, verify
 from distft.config import Job
 from distft.data.order import sampled_rows
 from distft.data.store import Prepared
 from distft.errors import CheckpointError, DataError, JobError
 from distft.evaluation import DocumentScore, Estimate, Scored, Subject, Written
-from distft.export import ADAPTER, write_card
 from distft.export import export as write_export
 from distft.export import export_base as write_base
+from distft.export import write_card
 from distft.ledger.plan import plan_of
 from distft.orchestrate.cluster import Node, connected, worker_resources
 from distft.orchestrate.data import Data, prepare

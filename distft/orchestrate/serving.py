@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,12 +18,14 @@ from distft.certificate import read as certificate
 from distft.config import Bounds
 from distft.errors import CapacityError, JobError, RunError
 from distft.export import exported
+from distft.orchestrate.bases import shared_bases
 from distft.orchestrate.cluster import Node, connected, describe, free_nodes, joined, listed, room
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.results import export_base
 from distft.runs import Run
 from distft.serving.keys import Keys
 from distft.serving.protocol import Model
+from distft.serving.settings import Settings, deployments
 from distft.train.folder import job_of
 
 BASE = "base"
@@ -123,7 +125,7 @@ def serve(
         CapacityError: The cluster cannot hold the replicas, or lacks the engine.
         RunError: A replica does not start, or its model is not the one that was trained; the message says why.
     """
-    from distft.serving.app import Settings, deploy, models_of, running, shut_down, start
+    from distft.serving.app import deploy, models_of, running, shut_down, start
 
     runs = {models.name: models} if isinstance(models, Run) else dict(models)
     _check_exports(runs)
@@ -140,6 +142,8 @@ def serve(
         from distft.serving.vllm_engine import refuse_absent
 
         refuse_absent()
+    bases = shared_bases(runs, folders, chosen, listener)
+    served = {name: str(folder) for name, folder in folders.items()}
     key, hashes = _keys(key_file, insecure)
     listener.stage("cluster")
     with _on(address, listener) as nodes:
@@ -147,11 +151,12 @@ def serve(
             raise JobError(
                 "this cluster serves models already", where=address, fix="--update puts others in their place"
             )
-        most = asked.max * len(folders)
+        most = asked.max * len(deployments(served, bases))
         need = _resources(nodes, most)
         _check_room(most, need, nodes, "serve fewer models or replicas, or join a larger cluster")
         settings = Settings(
-            models={name: str(folder) for name, folder in folders.items()},
+            models=served,
+            bases=bases,
             engine=chosen,
             min_replicas=asked.min,
             max_replicas=asked.max,
@@ -183,7 +188,7 @@ def update(models: Mapping[str, Run], *, address: str = "auto", listener: Listen
     """Puts other runs in the place of what a cluster serves under these names, without losing a request.
 
     New replicas start beside the old ones, and take their place when they have proved themselves; where they cannot,
-    the old ones stay.
+    the old ones stay. A new name is served beside the others: over the base that they share, where it is the run's too.
 
     Args:
         models: Runs by the names that requests call their models; those under other names stay as they are.
@@ -191,7 +196,7 @@ def update(models: Mapping[str, Run], *, address: str = "auto", listener: Listen
         listener: Who is told.
 
     Raises:
-        JobError: A run has no export, or the cluster serves nothing.
+        JobError: A run has no export, the cluster serves nothing, or a run needs another base than its name has.
         CapacityError: The cluster has no room for new replicas beside the old ones.
         RunError: The new replicas do not start, or their model is not the one that was trained.
     """
@@ -200,20 +205,41 @@ def update(models: Mapping[str, Run], *, address: str = "auto", listener: Listen
     _check_exports(models)
     listener.stage("cluster")
     with _on(address, listener):
-        before = running()
-        if before is None:
+        found = running()
+        if found is None:
             raise JobError("this cluster serves nothing", where=address, fix="leave --update out")
+        before, homes = found
         folders = {name: str(run.export) for name, run in models.items()}
-        count, fix = len(models) * before.max_replicas, "add a node, or stop the server and serve the new run"
+        after = before.model_copy(update={"models": before.models | folders})
+        changed = _changed(after, homes, models)
+        count, fix = len(changed) * before.max_replicas, "add a node, or stop the server and serve the new run"
         _check_room(count, before.resources, free_nodes(), fix)
         listener.stage("start replicas, and prove that they are the trained model")
         try:
-            proofs = deploy(before.model_copy(update={"models": before.models | folders}))
+            proofs = deploy(after)
         except RunError:
             deploy(before)  # else Ray Serve goes on asking for the new ones
             raise
         for name in models:
             listener.note(f"  {name}: {proofs[name]}")
+
+
+def _changed(after: Settings, homes: Mapping[str, str], names: Iterable[str]) -> set[str]:
+    """The deployments that get other models under some names.
+
+    Raises:
+        JobError: A name would move to another deployment, and requests for it could meet neither on the way.
+    """
+    found = {name: home for home, held in after.deployments().items() for name in held}
+    for name in names:
+        if homes.get(name, found[name]) != found[name]:
+            shares = "shares a base with others" if after.base(homes[name]) else "has weights of its own"
+            raise JobError(
+                f"{name} {shares}, which cannot be said of the new run",
+                where=name,
+                fix="serve the new run under another name, NEWNAME=RUN --update; or stop the server, and serve it anew",
+            )
+    return {found[name] for name in names}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import mimetypes
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from functools import partial
@@ -23,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 
 from distft.serving.document import describe
 from distft.serving.flow import Events, Gate, overdue, while_there
-from distft.serving.keys import Allowance, Keys
+from distft.serving.keys import Allowance, Keys, Rates
 from distft.serving.limits import Limits
 from distft.serving.metrics import Meters
 from distft.serving.protocol import ApiError, Delta, Model, Question, Service
@@ -99,9 +98,7 @@ class _Desk:
         self.meters = Meters()
         self.gate = Gate(limits.running, limits.waiting, self.meters)
         self.bodies = Bodies.within(limits)
-        self._allowances: defaultdict[str, Allowance] = defaultdict(
-            lambda: Allowance(limits.requests_per_minute, limits.tokens_per_minute)
-        )
+        self._allowances: dict[str, Allowance] = {}
 
     async def entry(
         self, request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]
@@ -191,7 +188,7 @@ class _Desk:
         found = await self._in_time(request, judged())
         read = sum(each.tokens for each in found)
         visit = visit_of(request)
-        self._allowances[visit.key].spend(read)
+        self._allowance(visit.key).spend(read)
         self.meters.tokens.labels(visit.model, visit.key, "prompt").inc(read)
         return JSONResponse(judgements(body.model, found))
 
@@ -220,12 +217,21 @@ class _Desk:
         """Counts a request that is sound."""
         visit = visit_of(request)
         visit.model = self._model(model).name
-        self._allowances[visit.key].admit()
+        self._allowance(visit.key).admit()
+
+    def _allowance(self, key: str) -> Allowance:
+        """What a key may still have, by its line in the file or else by the server's limits."""
+        own, limits = self._keys.rates(key) if self._keys else Rates(), self._limits
+        rates = Rates(own.requests or limits.requests_per_minute, own.tokens or limits.tokens_per_minute)
+        known = self._allowances.get(key)
+        if known is None or known.rates != rates:  # the file may have changed
+            known = self._allowances[key] = Allowance(rates)
+        return known
 
     async def _pieces(self, request: Request, question: Question) -> AsyncGenerator[Delta]:
         """The pieces of an answer, from when there is a place for it."""
         visit = visit_of(request)
-        allowance = self._allowances[visit.key]
+        allowance = self._allowance(visit.key)
         async with self.gate.place():
             found = self.meters.timed(self._service.answer(question), visit.model, visit.key, visit.start)
             async with aclosing(found):

@@ -17,10 +17,9 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -31,12 +30,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from distft.errors import RunError
 from distft.serving.models import model_of, refuse_other_engine
 from distft.serving.protocol import ApiError, Delta, Judgement, Model, Question
+from distft.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from distft.serving.adapted import SharedService
+    from distft.serving.service import LocalService
 
 APP, GATEWAY = "distft", "gateway"
 """The names of the application and of its way in, on the cluster."""
 #: Requests that run when a server is stopped have so long.
 _LEAVE_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
+#: While all models are ready they are looked at less often: each look asks for all of Serve's state.
+_SETTLED_SECONDS = 5.0
 _READY_SECONDS = 60.0
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 #: A request whose replica dies before it has told anything goes to another one, this often.
@@ -50,57 +56,27 @@ _LOOK_BACK_SECONDS, _GROW_SECONDS = 15.0, 10.0
 _ASLEEP = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 
 
-class Settings(BaseModel):
-    """What is served, and how."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    models: dict[str, str] = Field(min_length=1)
-    """The folder of an export by the name that requests call it; every node must see it."""
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """What writes tokens; vllm is an extra, and tells no labels. auto is transformers."""
-    min_replicas: int = Field(default=1, ge=0)
-    """Copies of each model that there are at least; 0 lets it go while nobody asks."""
-    max_replicas: int = Field(default=1, ge=1)
-    """Copies of each model that there are at most."""
-    idle_seconds: float = Field(default=600.0, gt=0)
-    """A copy beyond the least goes when it has not been needed for so long."""
-    resources: dict[str, float] = {"CPU": 1.0}
-    """What each replica takes of the cluster; where there is room for a second one, updates lose no request."""
-    threads: int = Field(default=1, ge=1)
-    """Threads that each replica computes with on a CPU."""
-    max_new_tokens: int = Field(default=512, ge=1)
-    """The most tokens in one answer."""
-    concurrent: int = Field(default=16, ge=1)
-    """Answers that a replica writes at the same time."""
-    waiting: int = Field(default=64, ge=0)
-    """Requests that may wait for a place; those beyond are told to come back later."""
-    seconds: float = Field(default=300.0, gt=0)
-    """The longest that one request may take."""
-    keys: tuple[str, ...] = ()
-    """Hashes of API keys: see :meth:`distft.serving.keys.Keys.hashes`."""
-    key_file: str | None = None
-    """A file of API keys on the gateway's node, read again when it changes."""
-    insecure: bool = False
-    """Whether no key is asked for."""
-    loopback: bool = False
-    """Whether only this machine may ask, so that names other than localhost are refused (DNS rebinding)."""
-
-
 class Replica:
-    """One copy of a model: ready only when it has answered its certificate's prompts as the trained model did."""
+    """One copy of a model: ready only when it has answered its certificate's prompts as the trained model did.
 
-    def __init__(self, name: str, folder: str, settings: Settings) -> None:
-        from distft.serving.replica import proven
+    Or of several models over one base, each proved like that.
+    """
 
-        self._service, self._proof = proven(
-            name,
-            Path(folder),
-            engine=settings.engine,
-            max_new_tokens=settings.max_new_tokens,
-            concurrent=settings.concurrent,
-            waiting=settings.waiting,
-        )
+    def __init__(self, folders: Mapping[str, str], base: str, settings: Settings) -> None:
+        from distft.serving.replica import proven, proven_together
+
+        found = {name: Path(folder) for name, folder in folders.items()}
+        limits = {name: getattr(settings, name) for name in ("max_new_tokens", "concurrent", "waiting")}
+        self._idle_seconds = settings.idle_seconds if settings.min_replicas == 0 else None
+        self._shared: SharedService | None = None
+        self._service: LocalService | SharedService
+        if base:
+            self._shared, self._proofs = proven_together(found, Path(settings.bases[base]), base, **limits)
+            self._service = self._shared
+        else:
+            ((name, place),) = found.items()
+            self._service, proof = proven(name, place, engine=settings.engine, **limits)
+            self._proofs = {name: proof}
 
     async def pieces(self, question: Question) -> AsyncGenerator[Delta]:
         """The pieces of all answers, as they come."""
@@ -116,29 +92,38 @@ class Replica:
         """The labels of some texts."""
         return await self._service.classify(name, texts)
 
-    async def proof(self) -> str:
-        """A line that says how it was proved to be the trained model."""
-        return self._proof
+    async def proof(self, name: str) -> str:
+        """A line that says how a model was proved to be the trained one."""
+        return self._proofs[name]
 
     async def check_health(self) -> None:
         """Ray Serve asks every ten seconds, and starts another replica where this raises."""
         self._service.check()
+        if self._shared is not None and self._idle_seconds is not None:
+            self._shared.drop_idle(self._idle_seconds)
 
 
 class Replicas:
     """The service that the gateway asks: models whose replicas are anywhere on the cluster."""
 
-    def __init__(self, models: Sequence[Model], handles: Mapping[str, DeploymentHandle], *, let_go: bool) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        homes: Mapping[str, str],
+        handles: Mapping[str, DeploymentHandle],
+        *,
+        let_go: bool,
+    ) -> None:
         self._models = {model.name: model for model in models}
-        self._handles, self._let_go = handles, let_go
+        self._homes, self._handles, self._let_go = homes, handles, let_go
         self._ready: frozenset[str] = frozenset()
         self._running: frozenset[str] = frozenset()
 
     def models(self) -> list[Model]:
         """All of them; ready are those with a replica, or that have none because nobody asked until now."""
         return [
-            dataclasses.replace(model, ready=model.name in self._ready, running=model.name in self._running)
-            for model in self._models.values()
+            dataclasses.replace(model, ready=home in self._ready, running=home in self._running)
+            for model, home in ((model, self._homes[name]) for name, model in self._models.items())
         ]
 
     async def watch(self) -> None:
@@ -150,7 +135,8 @@ class Replicas:
             self._running = frozenset(name for name, one in found.items() if one.replica_states.get("RUNNING"))
             asleep = (name for name, one in found.items() if self._let_go and one.status in _ASLEEP)
             self._ready = self._running.union(asleep)
-            await asyncio.sleep(_LOOK_SECONDS)
+            settled = self._ready.issuperset(self._homes.values())
+            await asyncio.sleep(_SETTLED_SECONDS if settled else _LOOK_SECONDS)
 
     async def answer(self, question: Question) -> AsyncGenerator[Delta]:
         """See :class:`~.protocol.Service`."""
@@ -184,9 +170,9 @@ class Replicas:
         raise AssertionError("the last try returns or raises")
 
     def _handle(self, name: str) -> DeploymentHandle:
-        if name not in self._handles:
+        if name not in self._homes:
             raise ApiError(404, f"there is no model {name!r}", code="model_not_found", param="model")
-        return self._handles[name]
+        return self._handles[self._homes[name]]
 
 
 async def _cancellable(response: Any) -> Any:
@@ -201,6 +187,8 @@ async def _cancellable(response: Any) -> Any:
 def _refuse(error: Exception, *, told: bool, last: bool) -> None:
     """Says in our words why a request failed; returns where it can be tried again on another replica."""
     if isinstance(error, ApiError):
+        if error.code == "model_not_found":  # the gateway knows it: that replica is from before an update
+            raise ApiError(503, "the model is being started", "server_error", code="starting", retry_after=1.0)
         raise getattr(error, "cause", error)  # Ray wraps what a replica raises
     if isinstance(error, BackPressureError):
         raise ApiError(
@@ -224,9 +212,15 @@ def _refuse(error: Exception, *, told: bool, last: bool) -> None:
 class Gateway:
     """Speaks HTTP; holds no model."""
 
-    def __init__(self, settings: Settings, models: Sequence[Model], handles: dict[str, DeploymentHandle]) -> None:
-        self._settings = settings
-        self._service = Replicas(models, handles, let_go=settings.min_replicas == 0)
+    def __init__(
+        self,
+        settings: Settings,
+        models: Sequence[Model],
+        homes: Mapping[str, str],
+        handles: dict[str, DeploymentHandle],
+    ) -> None:
+        self._settings, self._homes, self._deployments = settings, homes, len(handles)
+        self._service = Replicas(models, homes, handles, let_go=settings.min_replicas == 0)
         self._watching = asyncio.get_running_loop().create_task(self._service.watch())
         self._api: FastAPI
 
@@ -238,11 +232,10 @@ class Gateway:
 
         asked = self._settings
         keys = None if asked.insecure else Keys(asked.keys, Path(asked.key_file) if asked.key_file else None)
-        replicas = asked.max_replicas * len(asked.models)
         limits = Limits(
             new_tokens=asked.max_new_tokens,
             seconds=asked.seconds,
-            running=asked.concurrent * replicas,
+            running=asked.concurrent * asked.max_replicas * self._deployments,
             waiting=asked.waiting,
         )
         self._api = create(self._service, keys, limits, loopback=asked.loopback)
@@ -253,9 +246,9 @@ class Gateway:
         if self._watching.done():
             self._watching.result()
 
-    async def settings(self) -> Settings:
-        """What is served."""
-        return self._settings
+    async def settings(self) -> tuple[Settings, Mapping[str, str]]:
+        """What is served, and each model's deployment."""
+        return self._settings, self._homes
 
     async def ready(self) -> bool:
         """Whether every model is."""
@@ -297,9 +290,12 @@ def build(settings: Settings | Mapping[str, Any]) -> serve.Application:
 
 def _application(settings: Settings, beside: Mapping[str, float]) -> serve.Application:
     """The application, its gateway where these resources are."""
-    handles = {
-        name: _deployment(name, settings).bind(name, settings.models[name], settings) for name in settings.models
-    }
+    handles: dict[str, serve.Application] = {}
+    homes: dict[str, str] = {}
+    for home, names in settings.deployments().items():
+        folders = {name: settings.models[name] for name in names}
+        handles[home] = _deployment(home, settings).bind(folders, settings.base(home), settings)
+        homes |= dict.fromkeys(names, home)
     gateway = serve.deployment(
         Gateway,
         name=GATEWAY,
@@ -308,7 +304,7 @@ def _application(settings: Settings, beside: Mapping[str, float]) -> serve.Appli
         graceful_shutdown_timeout_s=settings.seconds,
         ray_actor_options={"num_cpus": 0, "resources": dict(beside)},
     )
-    return gateway.bind(settings, models_of(settings), handles)
+    return gateway.bind(settings, models_of(settings), homes, handles)
 
 
 def models_of(settings: Settings) -> tuple[Model, ...]:
@@ -324,7 +320,7 @@ def models_of(settings: Settings) -> tuple[Model, ...]:
 
 
 def _deployment(name: str, settings: Settings) -> serve.Deployment:
-    """Replicas of one model: new ones start, and prove themselves, before old ones go."""
+    """Replicas of one model, or of several over one base: new ones start, and prove themselves, before old ones go."""
     resources = dict(settings.resources)
     many: dict[str, Any] = {"num_replicas": settings.max_replicas}
     if settings.min_replicas != settings.max_replicas:
@@ -381,12 +377,16 @@ def deploy(settings: Settings) -> dict[str, str]:
         if time.monotonic() > until:
             raise RunError("its replicas run, and the gateway does not see them", where=APP)
         time.sleep(_LOOK_SECONDS)
-    return {name: serve.get_deployment_handle(name, APP).proof.remote().result() for name in settings.models}
+    return {
+        name: serve.get_deployment_handle(home, APP).proof.remote(name).result()
+        for home, names in settings.deployments().items()
+        for name in names
+    }
 
 
 def _why(settings: Settings) -> RunError | None:
     """What a replica that did not start said last; Ray Serve hands it on as the text of a traceback."""
-    for name in settings.models:
+    for name in settings.deployments():
         said = serve.status().applications[APP].deployments[name].message.strip()
         ours = re.search(r"^distft\.errors\.\w+: (.+)", said, re.DOTALL | re.MULTILINE)
         if said:
@@ -394,11 +394,11 @@ def _why(settings: Settings) -> RunError | None:
     return None
 
 
-def running() -> Settings | None:
-    """What the cluster serves now; None where it serves nothing of ours."""
+def running() -> tuple[Settings, Mapping[str, str]] | None:
+    """What the cluster serves now, and each model's deployment; None where it serves nothing of ours."""
     if APP not in serve.status().applications:
         return None
-    found: Settings = serve.get_deployment_handle(GATEWAY, APP).settings.remote().result()
+    found: tuple[Settings, Mapping[str, str]] = serve.get_deployment_handle(GATEWAY, APP).settings.remote().result()
     return found
 
 

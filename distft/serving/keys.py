@@ -14,7 +14,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,30 +26,53 @@ SHORTEST = 16
 """Characters that a key has at least."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _KEY = re.compile(r"[!-~]{16,512}")
+_RATE = re.compile(r"(requests|tokens)=([1-9][0-9]{0,11})")
 _LOOK_SECONDS = 1.0
-_ADVICE = "one `name:key` or key a line, such as alice:sk-1f7c…; `openssl rand -hex 32` makes a key"
+_ADVICE = (
+    "one `name:key` or key a line, such as alice:sk-1f7c…, and what it may have in a minute behind it: "
+    "requests=60 tokens=100000; `openssl rand -hex 32` makes a key"
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a key may have in a minute; None is no limit.
+
+    Attributes:
+        requests: That are sound.
+        tokens: Read and written.
+    """
+
+    requests: float | None = None
+    tokens: float | None = None
 
 
 @dataclass(frozen=True)
 class _Hash:
-    """A key that can be recognised but not told: ``name:salt:sha256(salt + key)``, the last two in hexadecimal."""
+    """A key that can be recognised but not told: ``name:salt:sha256(salt + key):requests:tokens``.
+
+    Salt and digest are in hexadecimal; a rate that is not limited is empty.
+    """
 
     name: str
     salt: bytes
     digest: bytes
+    rates: Rates
 
     @classmethod
-    def of(cls, name: str, key: str) -> _Hash:
+    def of(cls, name: str, key: str, rates: Rates = Rates()) -> _Hash:
         salt = secrets.token_bytes(16)
-        return cls(name, salt, hashlib.sha256(salt + key.encode()).digest())
+        return cls(name, salt, hashlib.sha256(salt + key.encode()).digest(), rates)
 
     @classmethod
     def parsed(cls, text: str) -> _Hash:
-        name, salt, digest = text.split(":")
-        return cls(name, bytes.fromhex(salt), bytes.fromhex(digest))
+        name, salt, digest, *rates = text.split(":")
+        found = Rates(*(float(rate) if rate else None for rate in rates))
+        return cls(name, bytes.fromhex(salt), bytes.fromhex(digest), found)
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.salt.hex()}:{self.digest.hex()}"
+        rates = ("" if rate is None else str(rate) for rate in (self.rates.requests, self.rates.tokens))
+        return ":".join((self.name, self.salt.hex(), self.digest.hex(), *rates))
 
 
 class Keys:
@@ -101,6 +124,10 @@ class Keys:
                 found = each.name
         return found
 
+    def rates(self, name: str) -> Rates:
+        """What the key of a name may have in a minute, as its line says."""
+        return next((each.rates for each in (*self._fixed, *self._read) if each.name == name), Rates())
+
     def _look(self) -> None:
         """Reads the file again where it has changed, once a second at most."""
         now = time.monotonic()
@@ -142,11 +169,12 @@ def _read(file: Path) -> str:
 
 def _hashed(text: str, where: str) -> tuple[_Hash, ...]:
     """The keys of some lines; empty lines and those that begin with # say nothing."""
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, Rates]] = {}
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
+        line, *words = line.split()
         name, colon, key = line.partition(":")
         if not colon:
             name, key = f"key-{number}", line
@@ -155,12 +183,23 @@ def _hashed(text: str, where: str) -> tuple[_Hash, ...]:
             raise JobError("a name holds letters, digits, '_', '-' and '.', 64 at most", place, _ADVICE)
         if not _KEY.fullmatch(key):
             raise JobError(f"a key holds {SHORTEST} to 512 visible ASCII characters", place, _ADVICE)
-        if name in found or key in found.values():
+        if name in found or any(key == known for known, _ in found.values()):
             raise JobError("this name or key is there already", place, _ADVICE)
-        found[name] = key
+        found[name] = key, _rates(words, place)
     if not found:
         raise JobError("there is no API key", where, _ADVICE)
-    return tuple(_Hash.of(name, key) for name, key in found.items())
+    return tuple(_Hash.of(name, key, rates) for name, (key, rates) in found.items())
+
+
+def _rates(words: Sequence[str], where: str) -> Rates:
+    """What stands behind a key."""
+    found: dict[str, float] = {}
+    for word in words:
+        told = _RATE.fullmatch(word)
+        if told is None or told[1] in found:
+            raise JobError("behind a key stand requests=N and tokens=N, each a whole number above 0", where, _ADVICE)
+        found[told[1]] = float(told[2])
+    return Rates(**found)
 
 
 class Bucket:
@@ -195,13 +234,13 @@ class Allowance:
     """What one key may still have in this minute.
 
     Args:
-        requests: Per minute; None is no limit.
-        tokens: Per minute, read and written; None is no limit.
+        rates: Of the key.
     """
 
-    def __init__(self, requests: float | None, tokens: float | None) -> None:
-        self._requests = Bucket(requests) if requests else None
-        self._tokens = Bucket(tokens) if tokens else None
+    def __init__(self, rates: Rates) -> None:
+        self.rates = rates
+        self._requests = Bucket(rates.requests) if rates.requests else None
+        self._tokens = Bucket(rates.tokens) if rates.tokens else None
 
     def admit(self) -> None:
         """Counts one request.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterator, Sequence, Set
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
@@ -162,9 +163,22 @@ class LocalService:
     """
 
     def __init__(self, models: Sequence[Writer | Judge], *, max_new_tokens: int, most: int) -> None:
-        self._models: Mapping[str, Writer | Judge] = {one.model.name: one for one in models}
-        self._places = {name: _Places(most) for name in self._models}
+        self._models: dict[str, Writer | Judge] = {one.model.name: one for one in models}
+        self._places = defaultdict[str, _Places](lambda: _Places(most))
         self._max_new_tokens = max_new_tokens
+
+    @property
+    def names(self) -> Set[str]:
+        """Of the models."""
+        return self._models.keys()
+
+    def put(self, one: Writer | Judge) -> None:
+        """One more model; requests for it are answered from now on."""
+        self._models[one.model.name] = one
+
+    def drop(self, name: str) -> None:
+        """One model less; who reads an answer of its reads on."""
+        del self._models[name]
 
     def models(self) -> list[Model]:
         """See :meth:`.protocol.Service.models`."""

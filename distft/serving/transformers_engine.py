@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching import cb_logits_processors, co
 
 from distft.model import DTYPES, context_of, load_model, load_tokenizer, stop_ids
 from distft.model.files import check_folder
+from distft.model.mixed_adapters import Adapter, MixedAdapters
 from distft.serving.cache_size import cache_size, free_memory
 from distft.serving.protocol import ApiError, Sampling, Token
 from distft.serving.sampling import next_token
@@ -36,8 +37,8 @@ _CONTEXT = 4096
 class _Answer:
     """An answer that is being written: the manager's thread writes, one asyncio task reads."""
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, device: torch.device, adapter: Adapter | None) -> None:
+        self.sampling, self.adapter = sampling, adapter
         self.loop = asyncio.get_running_loop()
         self.arrived = asyncio.Event()
         self.output: Any = None  # the manager's latest, which holds all tokens so far
@@ -108,6 +109,28 @@ class _Chooser(cb_logits_processors.ContinuousBatchingLogitsProcessor):  # type:
         return scores
 
 
+class _Processors(cb_logits_processors.ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
+    """The chooser alone; where adapters are mixed, they are told whose the tokens of the next forward pass are.
+
+    The manager asks for arguments once a batch, with its requests in the order of their tokens.
+    """
+
+    def __init__(self, answers: Mapping[str, _Answer], mixed: MixedAdapters | None) -> None:
+        super().__init__(LogitsProcessorList([_Chooser(answers)]))
+        self.tensors_required = 1  # a line of its tensor of arguments, which it sizes by this
+        self._answers, self._mixed = answers, mixed
+
+    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Tensor) -> Any:
+        """Looks at all requests of a batch, those too whose prompt is not at its end."""
+        if self._mixed is not None:
+            self._mixed.route([(self._adapter(one.state.request_id), one.query_length) for one in requests_in_batch])
+        return super().prepare_tensor_args(requests_in_batch, arg_storage)
+
+    def _adapter(self, request: str) -> Adapter | None:
+        answer = self._answers.get(request)  # None: nobody waits for it any more
+        return None if answer is None else answer.adapter
+
+
 class _Router(continuous_api.OutputRouter):  # type: ignore[misc]
     """Brings the manager's outputs to those who wait; outputs that nobody waits for any more are dropped.
 
@@ -154,6 +177,7 @@ class TransformersEngine:
         concurrent: Answers that are written at the same time; more wait.
         context: Tokens of prompt and answer at most; the model's own where None.
         memory_bytes: What keys and values may take; None: a share of what is free on the device.
+        adapted: Whether answers may each ask for an adapter.
 
     Raises:
         CapacityError: Not even one whole context fits.
@@ -167,12 +191,14 @@ class TransformersEngine:
         concurrent: int = 16,
         context: int | None = None,
         memory_bytes: int | None = None,
+        adapted: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         most = context_of(model) or context or _CONTEXT
         self.context = min(context or most, most)
         self.stop_ids = tuple(stop_ids(tokenizer))
         self.dtype = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        self.model = model
         self._device, self._vocabulary = model.device, model.get_input_embeddings().num_embeddings
         self._answers: dict[str, _Answer] = {}
         self._numbers = itertools.count()
@@ -185,16 +211,14 @@ class TransformersEngine:
                 num_blocks=size.blocks,
                 max_batch_tokens=size.batch_tokens,
                 max_requests_per_batch=concurrent,
+                allow_block_sharing=not adapted,  # equal prompts have other keys and values under another adapter
                 use_async_batching=False,  # see _Chooser
                 use_cuda_graph=False,
                 auto_switch_to_flash=False,  # it would fetch kernels from the hub, and training's attention is SDPA
             ),
         )
-        processors = cb_logits_processors.ContinuousBatchingLogitsProcessorList(
-            LogitsProcessorList([_Chooser(self._answers)])
-        )
-        processors.tensors_required = 1  # a line of its tensor of arguments, which it sizes by this
-        self._manager.logit_processor = processors
+        mixed = MixedAdapters(model) if adapted else None
+        self._manager.logit_processor = _Processors(self._answers, mixed)
         self._router = self._manager.output_router = _Router(self._answers)
         self._closed = False
         self._manager.warmup()  # takes its memory here: what goes wrong is raised, and no thread seeds torch later
@@ -212,6 +236,7 @@ class TransformersEngine:
         concurrent: int = 16,
         context: int | None = None,
         device: str | None = None,
+        adapted: bool = False,
     ) -> TransformersEngine:
         """The engine of a Hugging Face folder.
 
@@ -221,6 +246,7 @@ class TransformersEngine:
             concurrent: As above.
             context: As above.
             device: As torch names it; None: a GPU where there is one.
+            adapted: As above.
 
         Raises:
             DataError: The folder is not such a one.
@@ -229,21 +255,35 @@ class TransformersEngine:
         check_folder(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = load_model(folder, DTYPES[dtype])
-        return cls(model.to(device), load_tokenizer(folder), concurrent=concurrent, context=context)
+        tokenizer = load_tokenizer(folder)
+        return cls(model.to(device), tokenizer, concurrent=concurrent, context=context, adapted=adapted)
 
-    async def write(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[list[Token]]:
-        """See :meth:`.protocol.Engine.write`; a slow reader gets several tokens at a time."""
+    async def write(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        adapter: Adapter | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> AsyncGenerator[list[Token]]:
+        """See :meth:`.protocol.Engine.write`; a slow reader gets several tokens at a time.
+
+        Args:
+            prompt: As there.
+            sampling: As there.
+            adapter: What this answer's tokens are adapted by; only where the engine was made for it.
+            stop_ids: The ids that end this answer; None: the engine's own.
+        """
         if not (prompt and 0 <= min(prompt) <= max(prompt) < self._vocabulary):  # on a GPU it would end the process
             raise ApiError(400, f"a prompt is one or more token ids from 0 to {self._vocabulary - 1}", param="prompt")
         name = str(next(self._numbers))
-        answer = self._answers[name] = _Answer(sampling, self._device)
+        answer = self._answers[name] = _Answer(sampling, self._device, adapter)
         try:
             self._manager.add_request(
                 list(prompt),
                 request_id=name,
                 max_new_tokens=sampling.max_new_tokens,
                 streaming=True,
-                eos_token_id=list(self.stop_ids),
+                eos_token_id=list(self.stop_ids if stop_ids is None else stop_ids),
             )
             if (failure := self.failure) is not None:  # after the request: one that came too late is never answered
                 raise _broken(failure)

@@ -569,6 +569,19 @@ def test_each_key_has_its_own_share_of_requests_and_tokens() -> None:
         assert "tokens" in error_of(answer)["message"]
 
 
+def test_a_key_has_the_share_that_its_line_says_from_when_it_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice:{KEY} requests=2\nbob:{KEY}2")
+    file.chmod(0o600)
+    with served(TinyService(), Keys(file=file)) as server, opened(server, {}) as client:
+        bob = {"authorization": f"Bearer {KEY}2"}
+        assert [client.post(TEXT, json=ASK, headers=OPEN).status_code for _ in range(3)] == [200, 200, 429]
+        assert {client.post(TEXT, json=ASK, headers=bob).status_code for _ in range(5)} == {200}
+        file.write_text(f"alice:{KEY} requests=1000\nbob:{KEY}2")
+        assert eventually(lambda: client.post(TEXT, json=ASK, headers=OPEN).status_code == 200, 5)
+        assert [client.post(TEXT, json=ASK, headers=OPEN).status_code for _ in range(3)] == [200] * 3
+
+
 def test_a_new_key_counts_without_a_restart(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(KEY)

@@ -9,7 +9,7 @@ import pytest
 
 from distft.errors import JobError
 from distft.serving import keys as rooms_keys
-from distft.serving.keys import Allowance, Bucket, Keys
+from distft.serving.keys import Allowance, Bucket, Keys, Rates
 from distft.serving.protocol import ApiError
 
 ONE, TWO = "sk-1111111111111111", "sk-2222222222222222"
@@ -53,6 +53,10 @@ def test_a_file_that_others_can_read_is_refused_with_the_fix(tmp_path: Path, mod
         f"alice:{ONE}\nalice:{TWO}",
         f"a:{ONE}\nb:{ONE}",
         "alice:with a blank inside it",
+        f"alice:{ONE} requests=0",
+        f"alice:{ONE} requests=3 requests=4",
+        f"alice:{ONE} token=3",
+        f"alice:{ONE} {TWO}",
     ],
 )
 def test_a_broken_file_is_refused_without_telling_its_keys(tmp_path: Path, text: str) -> None:
@@ -80,6 +84,16 @@ def test_hashes_are_enough_to_know_keys_in_another_process() -> None:
     known = Keys(Keys.listed(f"alice:{ONE}, {TWO}").hashes())
     assert known.owner(ONE) == "alice"
     assert known.owner(TWO) == "key-2"
+
+
+def test_what_a_key_may_have_in_a_minute_stands_behind_it() -> None:
+    listed = Keys.listed(f"alice:{ONE} requests=60 tokens=100000, {TWO} tokens=5")
+    for known in (listed, Keys(listed.hashes())):
+        assert known.owner(ONE) == "alice"
+        assert known.rates("alice") == Rates(60, 100_000)
+        assert known.rates("key-2") == Rates(None, 5)
+    assert Keys.listed(ONE).rates("key-1") == Rates()
+    assert Keys.made()[0].rates("default") == Rates()
 
 
 def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +142,7 @@ def test_a_bucket_fills_evenly_and_tells_how_long_to_wait() -> None:
 
 
 def test_an_allowance_of_tokens_is_owed_until_it_has_come_back() -> None:
-    allowance = Allowance(None, 100)
+    allowance = Allowance(Rates(tokens=100))
     allowance.admit()
     allowance.spend(200)
     with pytest.raises(ApiError) as told:

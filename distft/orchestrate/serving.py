@@ -31,8 +31,9 @@ from distft.train.folder import job_of
 BASE = "base"
 """What requests call the model that training began with."""
 
-#: How long a cluster that is asked whether it still serves has for an answer, and how long it may be silent.
-_ASK_SECONDS, _SILENT_SECONDS = 2.0, 60.0
+#: How long a cluster that is asked whether it still serves has for an answer, and how long it may be silent: Ray's own
+#: process on this node ends about 60 s after its head, and this one with it, before it could say why.
+_ASK_SECONDS, _SILENT_SECONDS = 2.0, 40.0
 
 
 @dataclass(frozen=True)

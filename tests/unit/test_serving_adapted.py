@@ -273,9 +273,17 @@ def test_another_base_is_refused(exports: tuple[dict[str, Path], Made], tmp_path
 def test_an_adapter_that_nobody_asks_for_goes_and_is_proved_again_when_somebody_does(
     exports: tuple[dict[str, Path], Made], folders: dict[str, Path]
 ) -> None:
+    async def dropped_while_asked(service: SharedService) -> list[str]:
+        answer = service.answer(Question("text", ("1",), sampling=Sampling(8)))
+        await anext(answer)
+        gone = service.drop_idle(0)
+        await answer.aclose()
+        return gone
+
     with shared(folders, exports[1].base) as (service, _):
         assert service.drop_idle(3600) == []
-        assert sorted(service.drop_idle(0)) == ["chat", "text"]
+        assert asyncio.run(dropped_while_asked(service)) == ["chat"]
+        assert service.drop_idle(0) == ["text"]
         assert [model.name for model in service.models()] == ["base"]
         assert ask(service, folders, "chat")
         assert service.drop_idle(3600) == []
@@ -291,36 +299,19 @@ def test_an_adapter_that_nobody_asks_for_goes_and_is_proved_again_when_somebody_
         assert unknown.value.status == 404
 
 
-@pytest.mark.parametrize(("least", "left"), [(0, {"base"}), (1, {"base", "chat", "text"})])
-def test_a_replica_lets_idle_adapters_go_where_it_may_go_itself(
-    exports: tuple[dict[str, Path], Made], least: int, left: set[str]
-) -> None:
+def test_a_replica_lets_idle_adapters_go_where_it_may_go_itself(exports: tuple[dict[str, Path], Made]) -> None:
     folders, made = exports
     models, word = {name: str(folder) for name, folder in folders.items()}, str(base_of(folders["chat"]))
-    settings = Settings(models=models, bases={word: str(made.base)}, min_replicas=least, idle_seconds=1e-6)
+    settings = Settings(models=models, bases={word: str(made.base)}, min_replicas=0, idle_seconds=1e-6)
     replica = Replica(models, word, settings)
     asyncio.run(replica.check_health())
-    assert {model.name for model in replica._service.models()} == left
+    assert {model.name for model in replica._service.models()} == {"base"}
     assert "prompts with equal ids" in asyncio.run(replica.proof("text"))
     record = read(folders["text"]).records[0]
     asked = Question("text", (record.ask.ids,), sampling=Sampling(len(record.tokens)), ids=True)
     pieces = asyncio.run(replica.whole(asked))
     assert tuple(token.id for delta in pieces for token in delta.tokens) == record.tokens
     asyncio.run(replica._service.close())
-
-
-def test_an_adapter_that_is_being_asked_stays(exports: tuple[dict[str, Path], Made]) -> None:
-    folders, made = exports
-
-    async def reading(service: SharedService) -> list[str]:
-        answer = service.answer(Question("text", ("1",), sampling=Sampling(8)))
-        await anext(answer)
-        gone = service.drop_idle(0)
-        await answer.aclose()
-        return gone
-
-    with shared(folders, made.base) as (service, _):
-        assert asyncio.run(reading(service)) == ["chat"]
 
 
 # Which models share.

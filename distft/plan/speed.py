@@ -133,7 +133,8 @@ def collectives(shape: Shape, trained: int, setup: Setup, gradient_bytes: int = 
 
     ZeRO (arXiv 1910.02054, section 7) moves 2 Q up to stage 2 and 3 Q at stage 3. DeepSpeed's stages 1 and 2 all-reduce
     gradients, and gather weights after the update; from stage 2 on it sends gradients after every pass, and stage 3
-    gathers weights for every pass, once more for the backward pass where not all of them may stay.
+    gathers weights for every pass, once more for the backward pass where not all of them may stay. With gloo a
+    reduce-scatter sends as much as an all-reduce, so that stage 3 moves 4 Q.
 
     Args:
         shape: The model.
@@ -151,7 +152,8 @@ def collectives(shape: Shape, trained: int, setup: Setup, gradient_bytes: int = 
         return [Collective(2, gradients, setup.passes if setup.stage == 2 else 1, buckets), Collective(1, weights, 1)]
     again = 2 if shape.parameters > LIVE else 1
     gathered = Collective(1, setup.bytes * shape.parameters, again * setup.passes, shape.layers)
-    return [gathered, Collective(1, gradients, setup.passes, buckets)]
+    rounds = 2 if setup.device_type == "cpu" else 1
+    return [gathered, Collective(rounds, gradients, setup.passes, buckets)]
 
 
 def flops_per_token(shape: Shape, trained: int, attended_tokens: float) -> float:

@@ -117,6 +117,10 @@ def test_stages_send_what_zero_says() -> None:
     assert sent[1] == (2 * 4 + 2) * elements
     assert sent[2] == (2 * 4 * passes + 2) * elements
     assert sent[3] == passes * (2 * 2 + 4) * elements
+    on_cpu = replace(SETUP, stage=3, device_type="cpu")  # gloo's reduce-scatter is an all-reduce
+    assert sum(one.rounds * one.bytes * one.times for one in collectives(LLAMA_8B, elements, on_cpu)) == (
+        passes * (2 * 2 + 2 * 4) * elements
+    )
 
 
 def test_arithmetic_bounds_a_step() -> None:

@@ -88,6 +88,7 @@ class _Watch:
                     f"nothing was heard of the models for {silent:.0f} s: the cluster's head is lost, or Ray Serve"
                 )
         if self.lost is not None:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks of Ray Serve's end with errors of their own
             raise RunError(self.lost, fix="serve again, once there is a cluster")
 
 

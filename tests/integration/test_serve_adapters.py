@@ -12,7 +12,7 @@ import pytest
 from distft.certificate import compare, read
 from distft.certificate.http import replay
 from tests.integration.conftest import Home
-from tests.integration.servers import JOB, Clients, Server, replicas, served
+from tests.integration.servers import JOB, Clients, Server, served
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
@@ -50,7 +50,6 @@ def answers(server: Server, name: str, folder: Path) -> bool:
 def test_adapters_share_a_replica_and_one_more_comes_without_a_lost_request(home: Home, runs: Path) -> None:
     with served(home, "tiny=one", "second=two", "--base") as server:
         (holder,) = shared()
-        assert not list(replicas())
         exports = {"tiny": runs / "one" / "export", "second": runs / "two" / "export", "base": runs / "one" / "base"}
         assert {model["id"] for model in server.http.get("/v1/models").json()["data"]} == set(exports)
         assert all(answers(server, name, folder) for name, folder in exports.items())

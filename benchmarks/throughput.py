@@ -179,6 +179,7 @@ def summary(seen: dict[str, list[dict[str, Any]]], supervised: int) -> dict[str,
                 if name != mine
             }
             for mine in ("ours", "ours_compiled")
+            if mine in seen
         },
     }
 

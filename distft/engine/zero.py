@@ -200,7 +200,7 @@ def _configuration(settings: Settings, device: torch.device, *, own_norm: bool) 
         "stage": settings.stage,
         "overlap_comm": device.type == "cuda" and settings.stage > 0,  # needs streams
         "contiguous_gradients": True,
-        "reduce_bucket_size": BUCKET,
+        "reduce_bucket_size": BUCKET[device.type],
     }
     if settings.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}

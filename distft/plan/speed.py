@@ -145,7 +145,7 @@ def collectives(shape: Shape, trained: int, setup: Setup, gradient_bytes: int = 
     if setup.workers == 1:
         return []
     gradients, weights = gradient_bytes * trained, setup.bytes * trained
-    buckets = math.ceil(trained / (WHOLE_BUCKET if setup.stage == 0 else BUCKET))
+    buckets = math.ceil(trained / (WHOLE_BUCKET if setup.stage == 0 else BUCKET[setup.device_type]))
     if setup.stage == 0:
         return [Collective(2, gradients, 1, buckets)]
     if setup.stage < 3:

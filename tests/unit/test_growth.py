@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.growth import allowed, slope
 from benchmarks.zero_memory import SHAPE, as_table, planned
+from distft.plan.memory import BUCKET
 
 SIZES = [1_000, 10_000, 100_000]
 
@@ -31,6 +32,6 @@ def test_the_formula_of_zero_and_the_planners_parts() -> None:
     for ranks in (1, 2, 4):
         formula, plan = planned(3, ranks, "bf16")
         assert formula == pytest.approx(16 * parameters / ranks, rel=1e-6)
-        assert plan == pytest.approx(18 * parameters / ranks + 2 * parameters, rel=1e-6)
+        assert plan == pytest.approx(18 * parameters / ranks + 2 * BUCKET["cpu"], rel=1e-6)
     sizes = {"held_bytes": 2_000_000, "formula_bytes": 1_000_000, "planned_bytes": 2_000_000}
     assert "| 3 | 2 | 2 | 1 | 2.00 | 2 | 1.00 |" in as_table([{"stage": 3, "ranks": 2, **sizes}])

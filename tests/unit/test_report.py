@@ -179,8 +179,7 @@ def test_what_is_pressing_stands_first_and_other_gains_are_told(tmp_path: Path) 
 def test_a_table_of_labels_and_what_each_example_was_taken_for(tmp_path: Path) -> None:
     made = render(read(run_of("classification", tmp_path / "run", steps=4)))
     assert re.search(r'<table id="labels">.*?<th scope="col" class="number">train</th>', made, re.DOTALL)
-    assert "labels' shares 0." in made or "labels' shares 1." in made
-    assert set(re.findall(r'aria-label="(right|wrong)"', made)) <= {"right", "wrong"}
+    assert re.search(r"labels&#39; shares [\d.]+, tuned", made)
     assert 'aria-label="wrong"' in made or 'aria-label="right"' in made
 
 

@@ -300,11 +300,9 @@ def build(case: Case, device: torch.device) -> torch.nn.Module:
             from distft.model.adapter import add_adapter
 
             add_adapter(model, Lora(), 1)  # type: ignore[arg-type]
-    made = LossModel(model.to(device), activation_checkpointing=case.checkpointing, fused=case.fused)
-    if case.compiled:  # after the loss model has tried the head on a few tokens, which would be compiled for too
-        for layer in model.base_model.layers:
-            layer.compile()
-    return made
+    return LossModel(
+        model.to(device), activation_checkpointing=case.checkpointing, fused=case.fused, compiled=case.compiled
+    )
 
 
 def documents(case: Case, draw: np.random.Generator) -> list[int]:

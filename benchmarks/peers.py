@@ -167,7 +167,7 @@ def main(words: Sequence[str] | None = None) -> None:
         scratch = Path(temporary)
         model, rows, facts = inputs(arguments, scratch)
         for repeat in range(arguments.repeats):
-            seen.setdefault("ours", []).append(ours(arguments, scratch, repeat))
+            seen.setdefault("ours", []).append(ours(arguments, scratch, repeat, compiled=False))
             print("ours", json.dumps(seen["ours"][-1]), flush=True)
             for name, python in pythons.items():
                 one = PEERS[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from distft.config import Job
 from distft.data.store import Prepared
 from distft.errors import CheckpointError, JobError
 from distft.runs import Run, read_json, write_json
+from distft.source import sha256_of
 from distft.task.prepare import task_of
 from distft.task.template import undated
 
@@ -272,18 +272,13 @@ def _certificate(job: Job, step: int, dtype: str, labels: list[str], folder: Pat
         "task": job.task.kind,
         "labels": labels,
         "sha256": {
-            path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder) if path.name != CERTIFICATE
+            path.relative_to(folder).as_posix(): sha256_of(path) for path in _files(folder) if path.name != CERTIFICATE
         },
     }
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_card(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from distft.certificate.compare import Finding, compare
 from distft.certificate.identity import Identity, identity
 from distft.certificate.record import FILE, Certificate, Reply
 from distft.runs import read_json
+from distft.source import sha256_of
 
 ADAPTER = "adapter"
 """The folder beside a merged model that holds its adapter alone."""
@@ -45,7 +45,7 @@ def compare_adapted(certificate: Certificate, replies: Sequence[Reply], folder: 
         folder: The export; the merged weights in it are not looked at, since they are not served.
     """
     hashes = _files(read_json(folder / FILE)["sha256"])
-    others = [name for name, known in hashes.items() if _sha256(folder / name) != known]
+    others = [name for name, known in hashes.items() if sha256_of(folder / name) != known]
     found = compare(certificate, replies, served_by(certificate, folder))
     if not others:
         return found
@@ -61,8 +61,3 @@ def served_by(certificate: Certificate, folder: Path) -> Identity:
 
 def _files(hashes: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in hashes.items() if name.startswith(f"{ADAPTER}/")}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

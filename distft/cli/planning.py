@@ -80,12 +80,11 @@ def plan(
         raise
     correction, runs = _learnt(hardware, choices.dtype.value)
     links = _links(hardware) if device is None and machines > 1 else None
-    rates = _rates(hardware, listed, choices.dtype.value)
     made = whole_plan(
         loaded,
         subject,
         first_setup(loaded, hardware, choices, machines),
-        rates if links is None else rates.over(links),
+        _rates(hardware, listed, choices.dtype.value).over(links),
         Room.of(hardware, per_node),
         correction=correction,
         workload=workload,

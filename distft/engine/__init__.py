@@ -26,6 +26,7 @@ __all__ = [
     "StateReader",
     "broadcast",
     "device_of",
+    "has_compiler",
     "join",
     "leave",
     "missing_build_tools",
@@ -72,11 +73,16 @@ def missing_build_tools(offload: str) -> str | None:
     """
     if offload == "none" or not torch.cuda.is_available():
         return None
-    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+    if not has_compiler():
         return "no C++ compiler: DeepSpeed compiles its AdamW for the CPU at first use"
     if shutil.which("ninja", path=_search_path()) is None:
         return "no ninja: DeepSpeed compiles its AdamW for the CPU with it"
     return None
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler: CXX, else c++ or g++."""
+    return shutil.which(os.environ.get("CXX", "c++")) is not None or shutil.which("g++") is not None
 
 
 def _prepare_deepspeed(world: World) -> None:

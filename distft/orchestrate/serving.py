@@ -132,11 +132,8 @@ def serve(
     runs = {models.name: models} if isinstance(models, Run) else dict(models)
     _check_exports(runs)
     _check_port(host, port)
-    folders, first = {name: run.export for name, run in runs.items()}, next(iter(runs.values()))
-    if base and BASE in folders:
-        raise JobError(f"two models are called {BASE}", where="--base", fix="call the run otherwise: NAME=RUN")
-    if base:
-        folders[BASE] = export_base(first, listener)
+    first = next(iter(runs.values()))
+    folders = _folders(runs, first if base else None, listener)
     section = job_of(first).serve
     asked = Bounds(min=replicas, max=replicas) if replicas is not None else section.replicas
     chosen = engine or section.engine
@@ -184,6 +181,20 @@ def serve(
         finally:
             if watch is None or watch.lost is None:
                 shut_down()
+
+
+def _folders(runs: Mapping[str, Run], based: Run | None, listener: Listener) -> dict[str, Path]:
+    """The exports of runs by the names of their models, with the base of one of them, where that is served too.
+
+    Raises:
+        JobError: A run is called as the base is, or has no base to serve.
+    """
+    folders = {name: run.export for name, run in runs.items()}
+    if based is None:
+        return folders
+    if BASE in folders:
+        raise JobError(f"two models are called {BASE}", where="--base", fix="call the run otherwise: NAME=RUN")
+    return {**folders, BASE: export_base(based, listener)}
 
 
 def update(models: Mapping[str, Run], *, address: str = "auto", listener: Listener = SILENT) -> None:

@@ -86,12 +86,14 @@ class Rates:
         """Of a CPU whose matrix product was measured."""
         return cls(peak_flops, EFFICIENCY["cpu"], CPU_MEMORY, CPU_LINK, CPU_NETWORK, LATENCY["cpu"])
 
-    def over(self, links: Links) -> Rates:
-        """With the network between nodes as it was measured.
+    def over(self, links: Links | None) -> Rates:
+        """With the network between nodes as it was measured; as they are where it was not.
 
         A message takes half a round trip more than within a node. A ring crosses each node's network once each way,
         however many ranks are on the node.
         """
+        if links is None:
+            return self
         return replace(
             self,
             network=links.bytes_per_second,

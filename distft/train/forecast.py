@@ -86,9 +86,10 @@ def forecast(
     rates = Rates.of_cpu(peak_flops) if device is None else Rates.of(device, choices.dtype.value)
     if setup.nodes == 1 or (hardware.device_type == "cuda" and has_rdma()):
         links = None
-    rates = rates if links is None else rates.over(links)
     way = Way(setup, memory(subject.shape, subject.trained, setup, process_bytes + IMPORTED_LATER))
-    return Forecast(estimate(subject, way, rates, None, learnt, Workload.of(job, None, None)), subject, key, links)
+    return Forecast(
+        estimate(subject, way, rates.over(links), None, learnt, Workload.of(job, None, None)), subject, key, links
+    )
 
 
 def settle(run: Run, made: Forecast, path: Path | None = None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,20 +87,7 @@ def work(
     process_bytes = psutil.Process().memory_info().rss
     shape = of_folder(model_folder)
     prepared = Prepared.open(prepared_folder)
-    choices = _agreed(
-        lambda: choose(
-            job,
-            world.size,
-            hardware,
-            most_workers=attempt.most_workers,
-            micro_batch_limit=attempt.micro_batch_limit,
-            shape=shape,
-            workers_per_node=world.local_size,
-            run_tokens=run_tokens(job, prepared.rows("train")),
-            compiler=shutil.which(os.environ.get("CXX", "g++")) is not None,
-        ),
-        world,
-    )
+    choices = _agreed(lambda: _choices(job, world, hardware, shape, prepared, attempt), world)
     if world.is_main:
         _record(run, choices)
     pad = pad_id(load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code))
@@ -133,6 +118,21 @@ def work(
         settle(run, expected)
     metrics = {} if progress.best_loss is None else {"validation_loss": progress.best_loss}
     return Outcome(progress.step, progress.best_step, stopped, metrics)
+
+
+def _choices(job: Job, world: World, hardware: Hardware, shape: Shape, prepared: Prepared, attempt: Attempt) -> Choices:
+    """What the job leaves to ``auto``, decided for this start of the workers."""
+    return choose(
+        job,
+        world.size,
+        hardware,
+        most_workers=attempt.most_workers,
+        micro_batch_limit=attempt.micro_batch_limit,
+        shape=shape,
+        workers_per_node=world.local_size,
+        run_tokens=run_tokens(job, prepared.rows("train")),
+        compiler=engines.has_compiler(),
+    )
 
 
 def _agreed(decide: Callable[[], Choices], world: World) -> Choices:

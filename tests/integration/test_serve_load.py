@@ -74,18 +74,11 @@ def test_replicas_come_with_load_and_go_with_quiet_and_no_request_is_lost(home: 
 
 
 @pytest.mark.slow
-def test_who_reads_slowly_or_leaves_holds_no_place(home: Home, runs: Path) -> None:
-    with served(home, "tiny=first") as server:
-        with asking(server):  # who does not read
-            kept = waiting(server)
-            held = wait(lambda: not taken(server), "who does not read holds a place")
-        with asking(server):  # and leaves
-            pass
-        freed = waiting(server)
-        assert taken(server) == 0
-        told = f"{kept:.2f} s while somebody is answered who does not read, {freed:.2f} s once he has left"
-        print(f"the next request is answered after {told}; places are free {held:.1f} s later where nobody reads")
-        assert freed < max(1, kept / 2)
+def test_who_does_not_read_holds_no_place(home: Home, runs: Path) -> None:
+    with served(home, "tiny=first") as server, asking(server):
+        assert taken(server) > 0
+        held = wait(lambda: not taken(server), "who does not read holds a place")
+        print(f"places are free {held:.1f} s after the first token, and nobody has read")
 
 
 @contextlib.contextmanager
@@ -96,13 +89,6 @@ def asking(server: Server) -> Iterator[None]:
         assert answer.status_code == 200
         next(answer.iter_lines())
         yield
-
-
-def waiting(server: Server) -> float:
-    """Seconds until one token is written for somebody else, which takes a place in a batch."""
-    began = time.monotonic()
-    assert server.ask("our union", 1).status_code == 200
-    return time.monotonic() - began
 
 
 def taken(server: Server) -> float:

@@ -8,7 +8,8 @@
     ├── CapacityError               4    it cannot fit, or the cluster cannot hold it
     ├── RunError                    5    training, evaluation or export failed
     │   ├── NonFiniteLoss                a loss or gradient norm that is not a number
-    │   └── CheckpointError              a checkpoint that cannot be written or trusted
+    │   ├── CheckpointError              a checkpoint that cannot be written or trusted
+    │   └── ClusterLost                  a cluster whose head does not answer any more
     └── Interrupted                 130  stopped on request; --resume goes on
 
 Each error says what is wrong, where, and what to do; each survives pickling, so that it crosses processes whole.
@@ -76,6 +77,13 @@ class NonFiniteLoss(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint cannot be written, or cannot be trusted."""
+
+
+class ClusterLost(RunError):
+    """The cluster's head does not answer any more.
+
+    Ray, asked to leave such a cluster, waits for the head until it ends this process with a status of its own.
+    """
 
 
 class Interrupted(DistftError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from distft.cli.planning import plan
 from distft.cli.proving import audit, blame, chaos, verify
 from distft.cli.reports import report, runs, show
 from distft.cli.submission import logs, status, stop, submit
-from distft.errors import DistftError, JobError
+from distft.errors import ClusterLost, DistftError, JobError
 from distft.log import quieten_libraries
 from distft.runs import read_json
 
@@ -300,6 +301,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if "--debug" in words:
             raise
         sys.stderr.write(f"distft: {error}\n")
+        if isinstance(error, ClusterLost):  # as Python ends, Ray would leave the cluster, which it cannot
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_status)
         raise SystemExit(error.exit_status) from None
     raise AssertionError("typer leaves by SystemExit")
 

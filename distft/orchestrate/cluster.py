@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distft.config import Bounds, Job
-from distft.errors import CapacityError
+from distft.errors import CapacityError, ClusterLost
 
 # Set before Ray is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -269,10 +269,15 @@ def connected(address: str, *, start: bool = True) -> Iterator[list[Node]]:
             fix="start one (ray start --head), or use cluster.address: local for one that distft starts itself",
         ) from error
     _protect_token()
+    lost = False
     try:
         yield live_nodes()
+    except ClusterLost:  # it cannot be left
+        lost = True
+        raise
     finally:
-        ray.shutdown()
+        if not lost:
+            ray.shutdown()
 
 
 def joined() -> str | None:

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distft.certificate import read as certificate
 from distft.config import Bounds
-from distft.errors import CapacityError, JobError, RunError
+from distft.errors import CapacityError, ClusterLost, JobError, RunError
 from distft.export import exported
+from distft.orchestrate.asking import Question
 from distft.orchestrate.bases import shared_bases
-from distft.orchestrate.cluster import Node, connected, describe, free_nodes, joined, listed, room
+from distft.orchestrate.cluster import Node, connected, describe, free_nodes, joined, listed, live_nodes, room
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.results import export_base
 from distft.runs import Run
@@ -31,9 +32,11 @@ from distft.train.folder import job_of
 BASE = "base"
 """What requests call the model that training began with."""
 
-#: How long a cluster that is asked whether it still serves has for an answer, and how long it may be silent: Ray's own
-#: process on this node ends about 60 s after its head, and this one with it, before it could say why.
+#: How long a gateway that is asked whether it still serves has for an answer, and how long it or the head may be
+#: silent: Ray's own process on this node ends about 60 s after the head, and this one with it, before it could say why.
 _ASK_SECONDS, _SILENT_SECONDS = 2.0, 40.0
+
+_SERVE_AGAIN = "serve again, once there is a cluster"
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,9 @@ class Serving:
 
 
 class _Watch:
-    """Whether the cluster still serves.
+    """Whether the cluster still serves: its gateway is asked, and its head, without which a gateway may go on a while.
 
-    It is the gateway that is asked, with a time limit: a cluster that is lost does not answer, and Ray ends a process
-    one of whose threads still asks when the others have left it.
+    Both by threads of their own, for any call into a cluster that is lost may never return.
     """
 
     def __init__(self) -> None:
@@ -68,28 +70,42 @@ class _Watch:
         from distft.serving.app import APP, GATEWAY
 
         self._gateway = get_deployment_handle(GATEWAY, APP)
-        self._heard = time.monotonic()
-        self.lost: str | None = None
+        self._questions: tuple[Question[Any], ...] = Question(self._heard, 1.0), Question(live_nodes, 5.0)
+        self.lost: RunError | None = None
         """Why it serves no more."""
 
-    def check(self) -> None:
-        """See :attr:`Serving.check`."""
+    def _heard(self) -> None:
+        """Returns when the gateway has answered.
+
+        Raises:
+            RunError: It is gone for good.
+        """
         from ray.exceptions import RayError
         from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
+        while True:
+            try:
+                self._gateway.ready.remote().result(timeout_s=_ASK_SECONDS)
+                return
+            except DeploymentUnavailableError:
+                raise RunError("somebody took the models down", fix=_SERVE_AGAIN) from None
+            except (TimeoutError, RayError, RayServeException):  # Ray Serve restarts what ended
+                time.sleep(1)
+
+    def check(self) -> None:
+        """See :attr:`Serving.check`."""
         try:
-            self._gateway.ready.remote().result(timeout_s=_ASK_SECONDS)
-            self._heard = time.monotonic()
-        except DeploymentUnavailableError:
-            self.lost = "somebody took the models down"
-        except (TimeoutError, RayError, RayServeException):  # it may be heard again: Ray Serve restarts what ended
-            if (silent := time.monotonic() - self._heard) > _SILENT_SECONDS:
-                self.lost = (
-                    f"nothing was heard of the models for {silent:.0f} s: the cluster's head is lost, or Ray Serve"
-                )
-        if self.lost is not None:
+            for question in self._questions:
+                question.answer()
+                if (silent := question.waiting_seconds) > _SILENT_SECONDS:
+                    what = (
+                        f"nothing was heard of the models for {silent:.0f} s: the cluster's head is lost, or Ray Serve"
+                    )
+                    raise ClusterLost(what, fix=_SERVE_AGAIN)
+        except RunError as error:
+            self.lost = error
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks of Ray Serve's end with errors of their own
-            raise RunError(self.lost, fix="serve again, once there is a cluster")
+            raise
 
 
 @contextlib.contextmanager

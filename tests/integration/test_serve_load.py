@@ -76,9 +76,10 @@ def test_replicas_come_with_load_and_go_with_quiet_and_no_request_is_lost(home: 
 @pytest.mark.slow
 def test_who_does_not_read_holds_no_place(home: Home, runs: Path) -> None:
     with served(home, "tiny=first") as server, asking(server):
-        assert taken(server) > 0
-        held = wait(lambda: not taken(server), "who does not read holds a place")
-        print(f"places are free {held:.1f} s after the first token, and nobody has read")
+        held = wait(lambda: not told(server, "distft_requests_running"), "who does not read holds a place")
+        written = told(server, "distft_tokens_total", 'kind="completion"')
+        print(f"places are free {held:.1f} s after the first token; {written:.0f} were written, and nobody has read")
+        assert written > 1000
 
 
 @contextlib.contextmanager
@@ -87,16 +88,15 @@ def asking(server: Server) -> Iterator[None]:
     asked = {"model": "tiny", "prompt": ["the people"] * 4, "n": 8, "max_tokens": 100, "logprobs": 5, "temperature": 1}
     with server.http.stream("POST", "/v1/completions", json={**asked, "stream": True}) as answer:
         assert answer.status_code == 200
-        next(answer.iter_lines())
+        first = next(answer.iter_lines())
+        assert "choices" in first, first
         yield
 
 
-def taken(server: Server) -> float:
-    """Requests that are being answered."""
-    (line,) = [
-        line for line in server.http.get("/metrics").text.splitlines() if line.startswith("distft_requests_running ")
-    ]
-    return float(line.split()[1])
+def told(server: Server, name: str, label: str = "") -> float:
+    """One of the server's metrics, those of a label together."""
+    lines = server.http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name) and label in line)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from distft.orchestrate.train.watch import Question
+from distft.orchestrate.asking import Question
 
 
 def answer_of(question: Question[int]) -> int:

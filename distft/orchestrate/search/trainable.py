@@ -16,12 +16,12 @@ from typing import Any
 from ray.tune import Trainable
 
 from distft.errors import DistftError
+from distft.orchestrate.asking import in_background
 from distft.orchestrate.listener import SILENT
 from distft.orchestrate.search.setup import SearchSetup, Validation
 from distft.orchestrate.signals import Asked
 from distft.orchestrate.train.fit import log_to
 from distft.orchestrate.train.training import ENDING_SECONDS, LOOK_SECONDS, Training
-from distft.orchestrate.train.watch import in_background
 from distft.runs import read_new_lines
 from distft.train import Outcome
 from distft.tuning.trials import Params, Status

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
 from distft.config import Job
-from distft.errors import CapacityError, Interrupted, RunError
+from distft.errors import CapacityError, ClusterLost, Interrupted, RunError
 from distft.ledger.goodput import goodput
 from distft.orchestrate import cluster
+from distft.orchestrate.asking import in_background
 from distft.orchestrate.cluster import Node, worker_resources, workers_of
 from distft.orchestrate.data import Data
 from distft.orchestrate.listener import Listener
@@ -19,7 +20,7 @@ from distft.orchestrate.train.meters import Meters
 from distft.orchestrate.train.places import clear, read_places, states
 from distft.orchestrate.train.policy import Failure, GiveUp, HalveMicroBatch, Kind, decide
 from distft.orchestrate.train.stall import STACK_SECONDS, StallClock, explain
-from distft.orchestrate.train.watch import Requests, Watch, in_background
+from distft.orchestrate.train.watch import Requests, Watch
 from distft.runs import (
     Run,
     StopRequest,
@@ -232,7 +233,7 @@ class Training:
         """Says that the cluster's head has fallen silent, and that it is back; where it is lost, workers are to stop.
 
         Raises:
-            RunError: They do not.
+            ClusterLost: They do not.
         """
         silent = watch.silent_seconds > SILENT_SECONDS
         if watch.silent_seconds > cluster.LOST_SECONDS:
@@ -321,8 +322,8 @@ def _interrupted(run: Run, what: str) -> Interrupted:
     return Interrupted(what, fix=f"go on with the same command and --resume --name {run.name}")
 
 
-def _headless(run: Run) -> RunError:
-    return RunError(
+def _headless(run: Run) -> ClusterLost:
+    return ClusterLost(
         f"the cluster's head has not answered for {cluster.LOST_SECONDS:.0f} s",
         fix=f"start a cluster, and go on with the same command and --resume --name {run.name}",
     )

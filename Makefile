@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart launch-data test lint clean
+.PHONY: setup quickstart launch-data test slow lint clean
 
 setup: $(VENV)/.complete
 
@@ -39,6 +39,13 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 tests/unit || status=1; \
 	$(BIN)/pytest -m "not slow" --ignore tests/unit || status=1; \
 	exit $$status
+
+# The long proofs, hours of them, or some: `make slow TESTS=tests/integration/test_hosts.py`. What they said is kept in
+# benchmarks/baselines/slow-tests.json. Hosts of their own want root, and Debian's packages.
+TESTS ?= tests
+slow: setup
+	sh tests/packages.sh slow
+	$(BIN)/pytest -m slow --record $(TESTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -139,8 +139,9 @@ def test_what_a_node_sets_up(folder: Path) -> None:
     assert "no ~/.ray/auth_token" in refused.stderr
 
 
+@pytest.mark.parametrize("tool", ["pip", "uv"])
 def test_a_job_brings_what_it_needs_to_a_cluster_that_has_nothing_but_ray(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, tool: str
 ) -> None:
     """``submit --install``, with an extra that the job asks for."""
     call([sys.executable, "-m", "venv", "bare"], folder, clean(folder))
@@ -149,7 +150,7 @@ def test_a_job_brings_what_it_needs_to_a_cluster_that_has_nothing_but_ray(
     tiny.make(folder)
     (folder / "tiny.yaml").write_text(JOB)
     cluster = Remote(folder, tmp_path_factory.mktemp("r"), python)
-    words = ["submit", "tiny.yaml", "--wait", "--install", "pip", "--constraints", str(ROOT / "constraints.txt")]
+    words = ["submit", "tiny.yaml", "--wait", "--install", tool, "--constraints", str(ROOT / "constraints.txt")]
     words += ["--set", "train.steps=4", "--set", "track.mlflow=mlflow.db"]
     try:
         cluster.start()

@@ -127,7 +127,7 @@ def observation(plan: dict[str, Any]) -> Observation:
     return Observation(
         sum(parts.values()) - process,
         measured["peak_memory_bytes"] - process,
-        seconds["compute"] + seconds["update"] + seconds["waiting"],
+        sum(seconds[part] for part in ("compute", "handling", "update", "waiting")),
         measured["step_seconds"],
     )
 

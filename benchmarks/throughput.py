@@ -49,9 +49,9 @@ def settings(arguments: argparse.Namespace) -> list[str]:
     ]
 
 
-def torchrun(python: Path, *words: str) -> str:
-    """Runs two ranks of one thread; standard output of both."""
-    command = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+def torchrun(python: Path, *words: str, ranks: int = 2) -> str:
+    """Runs ranks of one thread; standard output of all."""
+    command = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *words]
     # The environment's own tools (ninja) come first: DeepSpeed compiles an extension in the peers' loops.
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}

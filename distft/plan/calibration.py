@@ -19,6 +19,9 @@ from distft.world import cache_folder
 #: Runs that are remembered of a kind of device: the newest.
 KEPT = 20
 
+#: Counted up when predictions of the same run change, so that what was learnt of the old ones is left.
+FORMULAS = 2
+
 #: A run of a model that takes fewer bytes is not remembered: its memory is its process, its time that of starting
 #: operations, and neither tells anything of models that are worth planning for.
 LEAST_BYTES = 200_000_000
@@ -70,8 +73,8 @@ def correction(seen: Sequence[Observation]) -> Correction:
 
 
 def key_of(hardware: Hardware, dtype: str) -> str:
-    """What runs must have in common to teach one another: the device and the type of numbers."""
-    return f"{processor() if hardware.device_type == 'cpu' else hardware.name}, {dtype}"
+    """What runs must have in common to teach one another: the device, the type of numbers, and the formulas."""
+    return f"{processor() if hardware.device_type == 'cpu' else hardware.name}, {dtype}, formulas {FORMULAS}"
 
 
 def calibration_path() -> Path:

@@ -122,6 +122,7 @@ class Estimate:
             "step_seconds": self.step_seconds,
             "seconds": {
                 "compute": self.time.compute,
+                "handling": self.time.handling,
                 "update": self.time.update,
                 "sending": self.time.sending,
                 "waiting": self.time.waiting,

@@ -32,6 +32,12 @@ LATENCY = {"cuda": (5e-6, 15e-6), "cpu": (50e-6, 200e-6)}
 #: to and from memory. Usual figures; what they are off by goes into the calibration.
 CPU_LINK, CPU_NETWORK, CPU_MEMORY = 2e9, 1.25e9, 10e9
 
+#: Bytes that DeepSpeed moves on a CPU for each trained parameter and pass, by ZeRO stage, on one rank as on several:
+#: it copies gradients to fp32, flattens, averages and adds them, and stage 3 gathers weights in pieces besides. From
+#: steps of SmolLM2-135M at all stages (``benchmarks/baselines/planner.json``). On a GPU memory is so fast that the
+#: passes hide it.
+HANDLED = (0, 30, 100, 160)
+
 
 @dataclass(frozen=True)
 class Links:
@@ -182,6 +188,7 @@ class StepTime:
 
     Attributes:
         compute: Forward and backward passes.
+        handling: What becomes of gradients after each pass, see ``HANDLED``.
         update: The optimizer.
         sending: All exchanges.
         waiting: The part of them that computing does not hide.
@@ -189,6 +196,7 @@ class StepTime:
     """
 
     compute: float
+    handling: float
     update: float
     sending: float
     waiting: float
@@ -197,7 +205,7 @@ class StepTime:
     @property
     def seconds(self) -> float:
         """Of the whole step."""
-        return self.compute + self.update + self.waiting
+        return self.compute + self.handling + self.update + self.waiting
 
 
 def step_time(shape: Shape, trained: int, setup: Setup, rates: Rates, gradient_bytes: int = 4) -> StepTime:
@@ -211,6 +219,7 @@ def step_time(shape: Shape, trained: int, setup: Setup, rates: Rates, gradient_b
     if setup.checkpointing:
         flops += recomputed_flops_per_token(shape, setup.attended_tokens)
     compute = setup.rank_tokens * flops / (rates.peak_flops * rates.efficiency)
+    handled = HANDLED[setup.stage] * trained * setup.passes if setup.device_type == "cpu" else 0
     share = trained if setup.stage == 0 else math.ceil(trained / setup.workers)
     update = share * (28 + setup.bytes) / rates.memory_bandwidth
     beta = rates.link if setup.nodes == 1 else min(rates.link, rates.network)
@@ -219,4 +228,4 @@ def step_time(shape: Shape, trained: int, setup: Setup, rates: Rates, gradient_b
     sending = sum(each.seconds(setup.workers, alpha, beta) for each in exchanges)
     hidden = 0.0 if setup.device_type == "cpu" or setup.stage == 0 else compute * (1 if setup.stage == 3 else 2 / 3)
     sent = sum(each.sent(setup.workers) for each in exchanges)
-    return StepTime(compute, update, sending, max(0.0, sending - hidden), sent)
+    return StepTime(compute, handled / rates.memory_bandwidth, update, sending, max(0.0, sending - hidden), sent)

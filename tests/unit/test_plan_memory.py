@@ -133,6 +133,17 @@ def test_arithmetic_bounds_a_step() -> None:
     assert one.seconds >= one.compute
 
 
+def test_gradients_are_handled_after_every_pass_on_a_cpu() -> None:
+    cpu, rates = replace(SETUP, device_type="cpu", stage=2, micro_batch_size=8), Rates.of_cpu(1e11)
+    setups = cpu, replace(cpu, micro_batch_size=2)
+    one, more = (step_time(LLAMA_8B, LLAMA_8B.parameters, setup, rates) for setup in setups)
+    assert one.handling > 0
+    assert more.handling == pytest.approx(4 * one.handling)
+    assert one.seconds == one.compute + one.handling + one.update + one.waiting
+    assert step_time(LLAMA_8B, LLAMA_8B.parameters, replace(cpu, stage=0), rates).handling == 0
+    assert step_time(LLAMA_8B, LLAMA_8B.parameters, SETUP, Rates.of(named("H100"))).handling == 0
+
+
 @pytest.mark.parametrize(
     ("said", "name"),
     [

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.overhead --workers 1 2`` trains SmolLM2-135M with ZeRO-2 on so many ranks of one thread for some
 steps, through ``distft train``, and under torchrun. Losses must be the same to the last bit; the first step of each run
-is not timed. The ratio is told of each pair of runs, and its median with a 95 % bootstrap interval over pairs. Ray's own
-processes want some of a core: what they take of the ranks shows where these fill the machine.
+is not timed. The ratio is told of each pair of runs, and its median with a 95 % bootstrap interval over pairs. Where
+ranks fill the machine, they share it with Ray's own processes.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ CPU_LINK, CPU_NETWORK, CPU_MEMORY = 2e9, 1.25e9, 10e9
 
 #: Bytes that DeepSpeed moves on a CPU for each trained parameter and pass, by ZeRO stage, on one rank as on several:
 #: it copies gradients to fp32, flattens, averages and adds them, and stage 3 gathers weights in pieces besides. From
-#: steps of SmolLM2-135M at all stages (``benchmarks/baselines/planner.json``). On a GPU memory is so fast that the
-#: passes hide it.
+#: steps of SmolLM2-135M at all stages (``benchmarks/baselines/planner-without-handling.json``). On a GPU memory is so
+#: fast that the passes hide it.
 HANDLED = (0, 30, 100, 160)
 
 

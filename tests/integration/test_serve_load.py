@@ -88,7 +88,8 @@ def asking(server: Server) -> Iterator[None]:
     asked = {"model": "tiny", "prompt": ["the people"] * 4, "n": 8, "max_tokens": 100, "logprobs": 5, "temperature": 1}
     with server.http.stream("POST", "/v1/completions", json={**asked, "stream": True}) as answer:
         assert answer.status_code == 200
-        first = next(answer.iter_lines())
+        lines = answer.iter_lines()  # who lets go of it leaves
+        first = next(lines)
         assert "choices" in first, first
         yield
 

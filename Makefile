@@ -45,6 +45,7 @@ test: lint
 TESTS ?= tests
 slow: setup
 	sh tests/packages.sh slow
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'moto[cloudformation]'  # AWS, with cfn-lint
 	$(BIN)/pytest -m slow --record $(TESTS)
 
 clean:

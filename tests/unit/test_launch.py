@@ -125,7 +125,7 @@ def test_the_commands_of_the_readme_exist() -> None:
 KINDS = ("onprem", "aws", "gcp", "azure", "kuberay", "slurm", "skypilot", "http://head:8265")
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("launch/*.sh")), ids=str)
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/**/*.sh")]), ids=str)
 def test_each_script_passes_shellcheck(path: Path) -> None:
     command = [Path(sys.executable).with_name("shellcheck"), "--external-sources", "--source-path=SCRIPTDIR", path]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

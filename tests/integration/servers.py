@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import subprocess
 import threading
@@ -29,16 +31,24 @@ KEY = "tests:a-key-that-is-long-enough"
 
 
 class Server:
-    """``distft serve`` in a process of its own."""
+    """``distft serve`` in a process of its own.
+
+    Attributes:
+        said: What it had printed when it was ready; ``process.communicate()`` gives the rest.
+    """
 
     def __init__(self, process: subprocess.Popen[str], url: str) -> None:
-        self.process, self.url = process, url
+        self.process, self.url, self.said = process, url, ""
         self.key = KEY.partition(":")[2]
         self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {self.key}"}, timeout=120)
 
     def ready(self) -> bool:
+        """Whether it answers, and its command has said so: replicas may answer before the command sees them."""
+        assert self.process.stdout is not None
+        if select.select([self.process.stdout], [], [], 0)[0]:
+            self.said += os.read(self.process.stdout.fileno(), 2**16).decode()
         try:
-            return self.http.get("/readyz").status_code == 200
+            return "Ctrl-C lets" in self.said and self.http.get("/readyz").status_code == 200
         except httpx.HTTPError:
             return False
 

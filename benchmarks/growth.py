@@ -127,16 +127,16 @@ def allowed(sizes: Sequence[int]) -> float:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measures every size, the small ones oftener, and writes the least seconds of each part."""
+    """Measures every size some times, and writes the least seconds of each part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.split("\n\n")[0])
     parser.add_argument("--documents", type=int, nargs="+", default=[1_000, 10_000, 100_000], metavar="N")
-    parser.add_argument("--repeats", type=int, default=3, help="of all but the largest size, which is measured once")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "baselines" / "growth.json")
     arguments = parser.parse_args(words)
     sizes = sorted(arguments.documents)
     least: dict[str, dict[int, float]] = {}
     for size in sizes:
-        for _ in range(1 if size == sizes[-1] else arguments.repeats):
+        for _ in range(arguments.repeats):
             with tempfile.TemporaryDirectory() as folder:
                 for part, seconds in once(size, Path(folder)).items():
                     known = least.setdefault(part, {})

@@ -80,7 +80,7 @@ def full_rows(rows: Rows, job: Job) -> tuple[int, list[int]]:
     full = np.array([rows[index].segments == (length,) for index in range(len(rows))])
     for seed in range(SEEDS):
         order = Order.of(job.model_copy(update={"seed": seed}), len(rows))
-        indices = np.concatenate([order.step(step) for step in range(order.steps)])
+        indices = np.concatenate(order.first(order.steps))
         if full[indices].all():
             return seed, indices.tolist()
     sys.exit(

@@ -16,6 +16,9 @@ from distft.errors import JobError
 #: ended, which nobody asks for.
 Stop = Literal["interrupt", "resize", "preempted", "turn"]
 
+#: Events that are not of training itself: what its trackers and libraries say beside it.
+ASIDES = ("tracker", "warning")
+
 
 @dataclass(frozen=True)
 class StopRequest:

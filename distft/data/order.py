@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from distft.config import Job
 
 _ROUNDS = 8
+#: Positions that are permuted at a time, so that a long order needs little memory beside its rows.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,20 @@ class Order:
         """
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        first = step * self.batch_size
-        last = min(first + self.batch_size, self.total_rows)
-        pieces = []
+        return self._between(step * self.batch_size, (step + 1) * self.batch_size)
+
+    def first(self, steps: int) -> list[NDArray[np.int64]]:
+        """Row indices of the first ``steps`` steps, or of all: as :meth:`step` gives them, in much less time."""
+        rows = self._between(0, steps * self.batch_size)
+        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+
+    def _between(self, first: int, last: int) -> NDArray[np.int64]:
+        """The rows used as number ``first`` to before ``last`` of the whole training, or to its end."""
+        last = min(last, self.total_rows)
+        pieces = [np.array([], dtype=np.int64)]
         while first < last:
             epoch, offset = divmod(first, self.rows)
-            count = min(last - first, self.rows - offset)
+            count = min(last - first, self.rows - offset, _BLOCK)
             positions = np.arange(offset, offset + count, dtype=np.uint64)
             pieces.append(permute(positions, self.rows, _round_keys(self.seed, epoch)))
             first += count

@@ -123,7 +123,7 @@ def audit(plan: Plan, run: Run) -> Audit:
     times = Counter(line["step"] for line in made)
     standing: dict[int, Record] = {line["step"]: line for line in made}
     records = [standing[step] for step in sorted(standing)]
-    chosen = {step: plan.step(step) for step in range(1, min(max(standing), plan.order.steps) + 1)}
+    chosen = dict(enumerate(plan.order.first(max(standing)), start=1))
     used, found = _compare(plan, standing, chosen)
     losses = _losses(plan, run, standing, chosen)
     skipped = frozenset(record["step"] for record in records if record.get("skipped"))
@@ -162,7 +162,9 @@ def _compare(plan: Plan, standing: Mapping[int, Record], chosen: Steps) -> tuple
         elif recorded is None:
             problem = "the log has no such step"
         elif recorded != expected:
-            owners = owners or {plan.digest(plan.step(one)): one for one in range(1, plan.order.steps + 1)}
+            owners = owners or {
+                plan.digest(rows): one for one, rows in enumerate(plan.order.first(plan.order.steps), start=1)
+            }
             owner = owners.get(recorded)
             problem = "its rows are not the planned ones" + ("" if owner is None else f", but those of step {owner}")
         else:

@@ -17,11 +17,12 @@ def recorded_losses(run: Run, plan: Plan, step: int) -> NDArray[np.float32] | No
         plan: Its plan.
         step: The step, from 1 to the last planned one.
     """
-    count = len(plan.step(step))
+    order = plan.order
+    count = min(order.batch_size, order.total_rows - (step - 1) * order.batch_size)
     if not run.row_losses.exists():
         return None
     with run.row_losses.open("rb") as file:
-        file.seek(4 * (step - 1) * plan.order.batch_size)
+        file.seek(4 * (step - 1) * order.batch_size)
         content = file.read(4 * count)
     losses = np.frombuffer(content[: len(content) // 4 * 4], dtype="<f4")
     return losses if len(losses) == count else None

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from distft.log import Warned
 from distft.runs import Run, append_line, event
 from distft.train.trackers import Follower, close_all
 
@@ -42,12 +43,16 @@ class FileReporter:
         run: The run that is reported.
         is_main: Whether this is rank 0; the others write nothing.
         trackers: Who else hears of it.
+        warned: What libraries warn of, which a person is told.
     """
 
-    def __init__(self, run: Run, *, is_main: bool, trackers: Sequence[Follower] = ()) -> None:
+    def __init__(
+        self, run: Run, *, is_main: bool, trackers: Sequence[Follower] = (), warned: Warned | None = None
+    ) -> None:
         self._run = run
         self._is_main = is_main
         self._trackers = trackers
+        self._warned = warned
         self._step = 0
 
     def train(self, record: Record) -> None:
@@ -78,13 +83,15 @@ class FileReporter:
         for tracker in self._trackers:
             if record["kind"] != "event":
                 tracker.tell(record)
-        self._complain()
+        self._add_asides()
 
-    def _complain(self) -> None:
-        """Tells what trackers went wrong, each once."""
+    def _add_asides(self) -> None:
+        """Tells what trackers went wrong, and what libraries warn of, each once."""
         for tracker in self._trackers:
             if problem := tracker.problem():
                 append_line(self._run.metrics, event("tracker", self._step, problem))
+        for warning in self._warned.new() if self._warned else ():
+            append_line(self._run.metrics, event("warning", self._step, warning))
 
     def __enter__(self) -> Self:
         return self
@@ -92,6 +99,6 @@ class FileReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._trackers:
+        if self._is_main:
             close_all(self._trackers, ended_well=kind is None)
-            self._complain()
+            self._add_asides()

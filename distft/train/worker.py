@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import psutil
+import transformers
 
 from distft import engine as engines
 from distft.checkpoint import Saver, State, check_budget, shared_key, storage_of
@@ -17,6 +18,7 @@ from distft.data.order import Order, sampled_rows
 from distft.data.store import Prepared, Rows
 from distft.engine import Engine
 from distft.errors import DistftError
+from distft.log import Warned
 from distft.model import (
     DTYPES,
     LossModel,
@@ -30,7 +32,7 @@ from distft.model.shape import Shape, of_folder
 from distft.plan.choices import Choices, choose
 from distft.plan.hardware import Hardware, peak_flops
 from distft.plan.speed import Links
-from distft.runs import Run, event, read_json, read_lines, write_json
+from distft.runs import ASIDES, Run, event, read_json, read_lines, write_json
 from distft.train.environment import versions
 from distft.train.forecast import Forecast, forecast, settle
 from distft.train.loop import Indices, Training, batch_of, fit
@@ -83,41 +85,45 @@ def work(
     Raises:
         DistftError: On every rank.
     """
-    hardware = Hardware.detect()
-    process_bytes = psutil.Process().memory_info().rss
-    shape = of_folder(model_folder)
-    prepared = Prepared.open(prepared_folder)
-    choices = _agreed(lambda: _choices(job, world, hardware, shape, prepared, attempt), world)
-    if world.is_main:
-        _record(run, choices)
-    pad = pad_id(load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code))
-    engine, flops = _open(job, world, choices, prepared, model_folder, pad, kind)
-    peak = peak_flops(hardware, DTYPES[choices.dtype.value]).flops
-    expected = _forecast(job, run, shape, choices, world, hardware, peak, prepared, process_bytes)
-    with (
-        FileReporter(run, is_main=world.is_main, trackers=followers(job, run) if world.is_main else ()) as files,
-        Watchdog(run.logs / f"rank-{world.rank}.stack", attempt.stall_seconds) as watchdog,
-    ):
-        training, take_up = _training(
-            job,
-            run,
-            engine,
-            choices,
-            prepared,
-            pad=pad,
-            flops=flops,
-            peak=peak,
-            reporter=reporter or files,
-            watchdog=watchdog,
-            attempt=attempt,
-        )
-        progress = _start(job, run, training, take_up, choices, attempt, resume=resume)
-        progress, stopped = fit(training, progress)
-    engine.close()
-    if world.is_main:
-        settle(run, expected)
-    metrics = {} if progress.best_loss is None else {"validation_loss": progress.best_loss}
-    return Outcome(progress.step, progress.best_step, stopped, metrics)
+    transformers.logging.set_verbosity_warning()  # the driver's environment, which this process may have, says error
+    with Warned() as warned:
+        hardware = Hardware.detect()
+        process_bytes = psutil.Process().memory_info().rss
+        shape = of_folder(model_folder)
+        prepared = Prepared.open(prepared_folder)
+        choices = _agreed(lambda: _choices(job, world, hardware, shape, prepared, attempt), world)
+        if world.is_main:
+            _record(run, choices)
+        pad = pad_id(load_tokenizer(model_folder, trust_remote_code=job.model.trust_remote_code))
+        engine, flops = _open(job, world, choices, prepared, model_folder, pad, kind)
+        peak = peak_flops(hardware, DTYPES[choices.dtype.value]).flops
+        expected = _forecast(job, run, shape, choices, world, hardware, peak, prepared, process_bytes)
+        with (
+            FileReporter(
+                run, is_main=world.is_main, trackers=followers(job, run) if world.is_main else (), warned=warned
+            ) as files,
+            Watchdog(run.logs / f"rank-{world.rank}.stack", attempt.stall_seconds) as watchdog,
+        ):
+            training, take_up = _training(
+                job,
+                run,
+                engine,
+                choices,
+                prepared,
+                pad=pad,
+                flops=flops,
+                peak=peak,
+                reporter=reporter or files,
+                watchdog=watchdog,
+                attempt=attempt,
+            )
+            progress = _start(job, run, training, take_up, choices, attempt, resume=resume)
+            progress, stopped = fit(training, progress)
+        engine.close()
+        if world.is_main:
+            settle(run, expected)
+        metrics = {} if progress.best_loss is None else {"validation_loss": progress.best_loss}
+        return Outcome(progress.step, progress.best_step, stopped, metrics)
 
 
 def _choices(job: Job, world: World, hardware: Hardware, shape: Shape, prepared: Prepared, attempt: Attempt) -> Choices:
@@ -295,7 +301,7 @@ def _validates(job: Job, order: Order, rows: Rows, rungs: Sequence[int] | None) 
 
 def _reaching(order: Order, rows: Rows, rungs: Sequence[int]) -> list[int]:
     """The first step at which so many tokens are trained on, of each rung; one past the last where none does."""
-    tokens = np.cumsum([rows.tokens(order.step(step)) for step in range(order.steps)])
+    tokens = np.cumsum([rows.tokens(step) for step in order.first(order.steps)])
     return [int(step) + 1 for step in np.searchsorted(tokens, rungs)]
 
 
@@ -319,7 +325,7 @@ def _start(
     """Where to begin; says so, after making sure that checkpoints can be written."""
     engine, saving = training.engine, training.saving
     check_budget(job.checkpoint.budget_bytes, engine.state_bytes(), validated=len(training.validation) > 0)
-    told = [line for line in read_lines(run.metrics) if line["kind"] == "event" and line["event"] != "tracker"]
+    told = [line for line in read_lines(run.metrics) if line["kind"] == "event" and line["event"] not in ASIDES]
     before = engine.broadcast(told)
     taken_up, problems = take_up(resume)
     progress = taken_up or Progress()

@@ -41,7 +41,7 @@ def rungs(home: Path, prepared: Path) -> tuple[int, ...]:
     """A rung that step ``STEPS`` is the first to reach."""
     rows = Prepared.open(prepared).rows("train")
     order = Order.of(tiny.job(home), len(rows))
-    tokens = np.cumsum([rows.tokens(order.step(step)) for step in range(STEPS)])
+    tokens = np.cumsum([rows.tokens(step) for step in order.first(STEPS)])
     return (int(tokens[-2]) + 1,)
 
 

@@ -109,7 +109,7 @@ def test_an_update_loses_no_request_and_a_damaged_model_takes_no_place(home: Hom
     print(f"{len(clients.statuses)} requests during an update, {set(clients.statuses)}")
     assert set(clients.statuses) == {200}
     assert len(clients.statuses) > 50
-    assert "prompts with equal ids" in server.said
+    assert "prompts with equal ids" in output
     second = read(runs / "second" / "export")
     assert server.answers_as(second)
 

@@ -39,6 +39,17 @@ def test_invariant_1_order_batch_size_only_cuts_the_same_stream(
     assert len(one.step(one.steps - 1)) == total - batch * (one.steps - 1)
 
 
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+def test_invariant_1_order_many_steps_at_once_are_the_steps_one_by_one(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "_BLOCK", block)
+    one = Order(9, 17, 4, 30)
+    for count in (0, 1, 3, one.steps, one.steps + 2):
+        steps = [one.step(step).tolist() for step in range(min(count, one.steps))]
+        assert [rows.tolist() for rows in one.first(count)] == steps
+
+
 def test_invariant_1_order_is_fixed_for_ever() -> None:
     """These digits are what earlier runs trained on: a change of them breaks every resume."""
     assert Order(10, 17, 4, 20).step(1).tolist() == [9, 3, 0, 4]

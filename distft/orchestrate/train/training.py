@@ -22,6 +22,7 @@ from distft.orchestrate.train.policy import Failure, GiveUp, HalveMicroBatch, Ki
 from distft.orchestrate.train.stall import STACK_SECONDS, StallClock, explain
 from distft.orchestrate.train.watch import Requests, Watch
 from distft.runs import (
+    ASIDES,
     Run,
     StopRequest,
     append_line,
@@ -314,7 +315,7 @@ class Training:
 
     def _told_last(self, name: str) -> bool:
         lines = read_lines(self._run.metrics)
-        events = [line for line in lines if line["kind"] == "event" and line["event"] != "tracker"]
+        events = [line for line in lines if line["kind"] == "event" and line["event"] not in ASIDES]
         return bool(events) and events[-1]["event"] == name
 
 

@@ -143,7 +143,7 @@ def serve(
         CapacityError: The cluster cannot hold the replicas, or lacks the engine.
         RunError: A replica does not start, or its model is not the one that was trained; the message says why.
     """
-    from distft.serving.app import ENVIRONMENT, deploy, models_of, running, shut_down, start
+    from distft.serving.app import deploy, models_of, running, shut_down, start
 
     runs = {models.name: models} if isinstance(models, Run) else dict(models)
     _check_exports(runs)
@@ -161,7 +161,7 @@ def serve(
     served = {name: str(folder) for name, folder in folders.items()}
     key, hashes = _keys(key_file, insecure)
     listener.stage("cluster")
-    with _on(address, listener, ENVIRONMENT) as nodes:
+    with _on(address, listener) as nodes:
         if running() is not None:
             raise JobError(
                 "this cluster serves models already", where=address, fix="--update puts others in their place"
@@ -272,9 +272,9 @@ def _changed(after: Settings, homes: Mapping[str, str], names: Iterable[str]) ->
 
 
 @contextlib.contextmanager
-def _on(address: str, listener: Listener, environment: Mapping[str, str] | None = None) -> Iterator[list[Node]]:
+def _on(address: str, listener: Listener) -> Iterator[list[Node]]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with connected(address, environment=environment) as nodes:
+    with connected(address) as nodes:
         if (where := joined()) is not None:
             listener.note(f"  {where}")
         yield nodes

@@ -48,9 +48,6 @@ _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 #: A request whose replica dies before it has told anything goes to another one, this often.
 _TRIES = 3
 _LOST = (RayActorError, ReplicaUnavailableError)
-#: Serve's processes send requests and pieces of answers by gRPC: as Ray objects a piece takes twice the processor's
-#: time, and with vLLM beside it on two cores a token took 0.089 s instead of 0.044. They listen for both in any case.
-ENVIRONMENT = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
 #: The head's node, where the proxy of :func:`start` is: a gateway elsewhere could be lost without it.
 _HEAD = {"node:__internal_head__": 0.001}
 #: Load is its mean over so long; when it has been too much for the replicas for so long, there is one more.
@@ -223,9 +220,7 @@ class Gateway:
         handles: dict[str, DeploymentHandle],
     ) -> None:
         self._settings, self._homes, self._deployments = settings, homes, len(handles)
-        # Those that are handed over send as the process does that bound them; by ENVIRONMENT those made here.
-        made = {name: serve.get_deployment_handle(name, one.app_name) for name, one in handles.items()}
-        self._service = Replicas(models, homes, made, let_go=settings.min_replicas == 0)
+        self._service = Replicas(models, homes, handles, let_go=settings.min_replicas == 0)
         self._watching = asyncio.get_running_loop().create_task(self._service.watch())
         self._api: FastAPI
 

@@ -72,11 +72,11 @@ def served(run: Run, port: int, engine: str = "auto") -> contextlib.AbstractCont
 
 
 def served_by_vllm(run: Run, port: int) -> contextlib.AbstractContextManager[str]:
-    """The run behind vLLM's own server, with what our engine gives it; its URL."""
+    """The run behind vLLM's own server, as it is without further words; its URL."""
     dtype = DTYPES[read_json(run.export / "distft.json")["dtype"]]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(run.export)]
-    command += ["--served-model-name", run.name, "--port", str(port), "--dtype", dtype, "--max-num-seqs", str(REQUESTS)]
-    return answering([*command, "--no-enable-prefix-caching", "--disable-log-stats"], port, "/health")
+    command += ["--served-model-name", run.name, "--port", str(port), "--dtype", dtype]
+    return answering([*command, "--no-enable-prefix-caching"], port, "/health")
 
 
 @contextlib.contextmanager
@@ -215,7 +215,7 @@ def vllm(run: Run, repeats: int) -> dict[str, Any]:
     alone_rates: list[float] = []
     servers = {"ours": lambda: served(run, 8105, "vllm"), "vllm_server": lambda: served_by_vllm(run, 8106)}
     rates: dict[str, list[float]] = {name: [] for name in servers}
-    firsts: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    asked: dict[str, list[list[Timed | None]]] = {name: [] for name in servers}
     for _ in range(repeats):
         alone_rates.append(alone(run, ALONE_VLLM))
         for name, server in servers.items():
@@ -223,17 +223,18 @@ def vllm(run: Run, repeats: int) -> dict[str, Any]:
                 asyncio.run(burst_of_wholes(url, run.name))  # the first is for caches
                 rates[name].append(asyncio.run(burst_of_wholes(url, run.name)))
                 per_second = 0.6 * alone_rates[0] / NEW_TOKENS
-                firsts[name].append(asyncio.run(arriving(url, run.name, per_second, 60)))
+                asked[name].append(asyncio.run(arrivals(url, run.name, per_second, 60)))
             print(name, round(rates[name][-1], 1), "tokens/s; alone", round(alone_rates[-1], 1), flush=True)
     median = {name: statistics.median(values) for name, values in rates.items()}
-    p99 = {
-        name: statistics.median(one["first_token_seconds"]["p99"] for one in found) for name, found in firsts.items()
-    }
+    turns = {name: [arrived(per_second, turn) for turn in found] for name, found in asked.items()}
+    whole = {name: arrived(per_second, [one for turn in found for one in turn]) for name, found in asked.items()}
+    p99 = {name: found["first_token_seconds"]["p99"] for name, found in whole.items()}
     return {
         "tokens_per_second": {"alone": alone_rates, **rates},
         "ours_over_alone": median["ours"] / statistics.median(alone_rates),
         "ours_over_vllm_server": median["ours"] / median["vllm_server"],
-        "arriving": firsts,
+        "arriving": whole,
+        "arriving_by_turn": turns,
         "first_token_p99_over_vllm_server": p99["ours"] / p99["vllm_server"],
     }
 
@@ -244,8 +245,8 @@ def shares(values: list[float]) -> dict[str, float]:
     return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
 
 
-async def arriving(url: str, model: str, per_second: float, count: int) -> dict[str, Any]:
-    """Requests that arrive whether or not the ones before are answered."""
+async def arrivals(url: str, model: str, per_second: float, count: int) -> list[Timed | None]:
+    """Requests that arrive whether or not the ones before are answered; None for those that were refused with 429."""
     draw = random.Random(7)
     async with client(url) as http:
 
@@ -261,15 +262,20 @@ async def arriving(url: str, model: str, per_second: float, count: int) -> dict[
         for prompt in prompts(count, seed=2):
             running.append(asyncio.create_task(one(prompt)))
             await asyncio.sleep(draw.expovariate(per_second))
-        answers = [answer for answer in await asyncio.gather(*running) if answer is not None]
+        return await asyncio.gather(*running)
+
+
+def arrived(per_second: float, asked: list[Timed | None]) -> dict[str, Any]:
+    """What became of such requests."""
+    answers = [answer for answer in asked if answer is not None]
     good = sum(answer.first <= FIRST_SECONDS and answer.each <= EACH_SECONDS for answer in answers)
     return {
         "requests_per_second": per_second,
         "answered": len(answers),
-        "refused_429": count - len(answers),
+        "refused_429": len(asked) - len(answers),
         "first_token_seconds": shares([answer.first for answer in answers]),
         "token_seconds": shares([answer.each for answer in answers]),
-        "within_goal": good / count,
+        "within_goal": good / len(asked),
     }
 
 
@@ -278,7 +284,8 @@ def load(run: Run, repeats: int) -> dict[str, Any]:
     with served(run, 8101) as url:
         asyncio.run(burst(url, run.name))
         most = asyncio.run(burst(url, run.name)) / NEW_TOKENS
-        found = [asyncio.run(arriving(url, run.name, share * most, 20 * repeats)) for share in (0.4, 0.6, 0.8)]
+        rates = [share * most for share in (0.4, 0.6, 0.8)]
+        found = [arrived(rate, asyncio.run(arrivals(url, run.name, rate, 20 * repeats))) for rate in rates]
     return {"goal_seconds": {"first": FIRST_SECONDS, "each": EACH_SECONDS}, "most_per_second": most, "loads": found}
 
 

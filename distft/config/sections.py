@@ -305,6 +305,9 @@ class ServeSection(Section):
     asks: the next request then waits for one."""
     idle_seconds: Positive = 600.0
     """A copy beyond the least goes when it has not been needed for so long."""
+    concurrent: Count | None = None
+    """Answers that a copy writes at the same time; more wait. Where None, transformers writes 16 on a CPU and 64 on a
+    GPU, vLLM 64 and 256."""
     max_new_tokens: Count = 512
     """The most tokens in one answer."""
 

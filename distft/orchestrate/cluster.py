@@ -244,12 +244,15 @@ def listed(need: Mapping[str, float], nodes: Sequence[Node]) -> str:
 
 
 @contextlib.contextmanager
-def connected(address: str, *, start: bool = True) -> Iterator[list[Node]]:
+def connected(
+    address: str, *, start: bool = True, environment: Mapping[str, str] | None = None
+) -> Iterator[list[Node]]:
     """Connects to a cluster (``auto``: the running one, else one started here) and leaves it at the end.
 
     Args:
         address: The cluster.
         start: Whether ``auto`` may start one.
+        environment: Variables of all processes that this one has started on the cluster.
 
     Yields:
         The live nodes and their resources.
@@ -261,7 +264,13 @@ def connected(address: str, *, start: bool = True) -> Iterator[list[Node]]:
 
     known = None if address == "auto" and start else address
     try:
-        ray.init(address=known, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(
+            address=known,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": dict(environment)} if environment else None,
+        )
     except (ConnectionError, ValueError) as error:
         raise CapacityError(
             f"no Ray cluster answers: {str(error).splitlines()[0]}",

@@ -18,7 +18,7 @@ from distft.certificate import read as certificate
 from distft.config import Bounds
 from distft.errors import CapacityError, ClusterLost, JobError, RunError
 from distft.export import exported
-from distft.orchestrate.asking import Question
+from distft.orchestrate.asking import Question, in_background
 from distft.orchestrate.bases import shared_bases
 from distft.orchestrate.cluster import Node, connected, describe, free_nodes, joined, listed, live_nodes, room
 from distft.orchestrate.listener import SILENT, Listener
@@ -26,7 +26,7 @@ from distft.orchestrate.results import export_base
 from distft.runs import Run
 from distft.serving.keys import Keys
 from distft.serving.protocol import Model
-from distft.serving.settings import Settings, deployments
+from distft.serving.settings import Settings
 from distft.train.folder import job_of
 
 BASE = "base"
@@ -143,7 +143,7 @@ def serve(
         CapacityError: The cluster cannot hold the replicas, or lacks the engine.
         RunError: A replica does not start, or its model is not the one that was trained; the message says why.
     """
-    from distft.serving.app import deploy, models_of, running, shut_down, start
+    from distft.serving.app import ENVIRONMENT, models_of, running
 
     runs = {models.name: models} if isinstance(models, Run) else dict(models)
     _check_exports(runs)
@@ -151,52 +151,93 @@ def serve(
     first = next(iter(runs.values()))
     folders = _folders(runs, first if base else None, listener)
     section = job_of(first).serve
-    asked = Bounds(min=replicas, max=replicas) if replicas is not None else section.replicas
+    many = Bounds(min=replicas, max=replicas) if replicas is not None else section.replicas
     chosen = engine or section.engine
     if chosen == "vllm":
         from distft.serving.vllm_engine import refuse_absent
 
         refuse_absent()
-    bases = shared_bases(runs, folders, chosen, listener)
-    served = {name: str(folder) for name, folder in folders.items()}
     key, hashes = _keys(key_file, insecure)
+    asked = Settings(
+        models={name: str(folder) for name, folder in folders.items()},
+        bases=shared_bases(runs, folders, chosen, listener),
+        engine=chosen,
+        min_replicas=many.min,
+        max_replicas=many.max,
+        idle_seconds=section.idle_seconds,
+        concurrent=section.concurrent,
+        max_new_tokens=section.max_new_tokens,
+        keys=hashes,
+        key_file=str(key_file.resolve()) if key_file else None,
+        insecure=insecure,
+        loopback=_is_loopback(host),
+    )
     listener.stage("cluster")
-    with _on(address, listener) as nodes:
+    with _on(address, listener, ENVIRONMENT) as nodes:
         if running() is not None:
             raise JobError(
                 "this cluster serves models already", where=address, fix="--update puts others in their place"
             )
-        most = asked.max * len(deployments(served, bases))
-        need = _resources(nodes, most)
-        _check_room(most, need, nodes, "serve fewer models or replicas, or join a larger cluster")
-        settings = Settings(
-            models=served,
-            bases=bases,
-            engine=chosen,
-            min_replicas=asked.min,
-            max_replicas=asked.max,
-            resources=need,
-            threads=max(1, int(_most_cpus(nodes)) // most),
-            idle_seconds=section.idle_seconds,
-            max_new_tokens=section.max_new_tokens,
-            keys=hashes,
-            key_file=str(key_file.resolve()) if key_file else None,
-            insecure=insecure,
-            loopback=_is_loopback(host),
-        )
-        watch = None
-        listener.stage("start replicas, and prove that they are the trained model")
-        try:
-            start(host, port)
-            for name, proof in deploy(settings).items():
-                listener.note(f"  {name}: {proof}")
-            listener.stage("serving")
-            watch = _Watch()
-            yield Serving(f"http://{host}:{port}", models_of(settings), key, insecure, watch.check)
-            listener.stage("finish the requests that run")
-        finally:
-            if watch is None or watch.lost is None:
-                shut_down()
+        settings = _with_room(asked, nodes)
+        with _deployed(settings, host, port, listener) as check:
+            yield Serving(f"http://{host}:{port}", models_of(settings), key, insecure, check)
+
+
+def _with_room(settings: Settings, nodes: Sequence[Node]) -> Settings:
+    """The settings with what each replica takes of these nodes.
+
+    Raises:
+        CapacityError: Not all replicas fit.
+    """
+    most = settings.max_replicas * len(settings.deployments())
+    need = _resources(nodes, most)
+    _check_room(most, need, nodes, "serve fewer models or replicas, or join a larger cluster")
+    return settings.model_copy(update={"resources": need, "threads": max(1, int(_most_cpus(nodes)) // most)})
+
+
+@contextlib.contextmanager
+def _deployed(settings: Settings, host: str, port: int, listener: Listener) -> Iterator[Callable[[], None]]:
+    """The application on the cluster that this process is connected to, until the end: see :func:`serve`.
+
+    Yields:
+        See :attr:`Serving.check`.
+    """
+    from distft.serving.app import deploy, start
+
+    watch = None
+    listener.stage("start replicas, and prove that they are the trained model")
+    try:
+        start(host, port)
+        for name, proof in deploy(settings).items():
+            listener.note(f"  {name}: {proof}")
+        listener.stage("serving")
+        watch = _Watch()
+        yield watch.check
+        listener.stage("finish the requests that run")
+    finally:
+        if watch is None or watch.lost is None:
+            _shut_down()
+
+
+def _shut_down() -> None:
+    """Lets the requests that run finish, and ends all replicas.
+
+    Raises:
+        ClusterLost: The cluster's head does not answer.
+    """
+    from distft.serving.app import shut_down
+
+    head = Question(live_nodes, 1.0)
+    ended = in_background(shut_down)  # it may never return where the head is lost
+    while not ended.done():
+        head.answer()
+        if head.waiting_seconds > _SILENT_SECONDS:
+            raise ClusterLost(
+                f"the cluster's head has not answered for {head.waiting_seconds:.0f} s",
+                fix="end its processes on every node, where there are any left: ray stop",
+            )
+        time.sleep(0.1)
+    ended.result()
 
 
 def _folders(runs: Mapping[str, Run], based: Run | None, listener: Listener) -> dict[str, Path]:
@@ -272,9 +313,9 @@ def _changed(after: Settings, homes: Mapping[str, str], names: Iterable[str]) ->
 
 
 @contextlib.contextmanager
-def _on(address: str, listener: Listener) -> Iterator[list[Node]]:
+def _on(address: str, listener: Listener, environment: Mapping[str, str] | None = None) -> Iterator[list[Node]]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with connected(address) as nodes:
+    with connected(address, environment=environment) as nodes:
         if (where := joined()) is not None:
             listener.note(f"  {where}")
         yield nodes

@@ -139,6 +139,39 @@ async def ticking(pieces: AsyncGenerator[T], seconds: float) -> AsyncGenerator[T
         await asyncio.gather(reading, return_exceptions=True)
 
 
+async def gathered(pieces: AsyncGenerator[T], seconds: float) -> AsyncGenerator[list[T]]:
+    """The same pieces in lists: the first as soon as it is there, later ones each so many seconds, the last at once.
+
+    One task reads them, as above; what has come before an error is told before it.
+    """
+    found: list[T] = []
+    some = asyncio.Event()
+
+    async def read() -> None:
+        try:
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    found.append(piece)
+                    some.set()
+        finally:
+            some.set()
+
+    reading = asyncio.create_task(read())
+    try:
+        while found or not reading.done():
+            await some.wait()
+            some.clear()
+            if found:
+                told = found.copy()
+                found.clear()
+                yield told
+                await asyncio.wait((reading,), timeout=seconds)
+        reading.result()
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
 def overdue(seconds: float, *, running: bool) -> ApiError:
     """The error of a request that took too long, which asking again mends only where there was no replica."""
     if not running:

@@ -12,6 +12,9 @@ from distft.certificate.shared import base_of
 
 _OVER = "base+"  # no model can be called so
 
+#: Answers that a replica writes at the same time, by whether vLLM writes them and whether it has a GPU.
+_PLACES = {(False, False): 16, (False, True): 64, (True, False): 64, (True, True): 256}
+
 
 class Settings(BaseModel):
     """What is served, and how."""
@@ -37,8 +40,8 @@ class Settings(BaseModel):
     """Threads that each replica computes with on a CPU."""
     max_new_tokens: int = Field(default=512, ge=1)
     """The most tokens in one answer."""
-    concurrent: int = Field(default=16, ge=1)
-    """Answers that a replica writes at the same time."""
+    concurrent: int | None = Field(default=None, ge=1)
+    """Answers that a replica writes at the same time; None is what its engine and its device are good for."""
     waiting: int = Field(default=64, ge=0)
     """Requests that may wait for a place; those beyond are told to come back later."""
     seconds: float = Field(default=300.0, gt=0)
@@ -55,6 +58,10 @@ class Settings(BaseModel):
     def deployments(self) -> dict[str, tuple[str, ...]]:
         """The models that each deployment holds, by its name."""
         return deployments(self.models, {} if self.engine == "vllm" else self.bases)
+
+    def places(self) -> int:
+        """Answers that a replica writes at the same time."""
+        return self.concurrent or _PLACES[self.engine == "vllm", self.resources.get("GPU", 0) > 0]
 
     @staticmethod
     def base(deployment: str) -> str:

@@ -93,7 +93,7 @@ def rank(arguments: argparse.Namespace) -> None:
         facts = {"seconds": time.perf_counter() - began, "bytes_before": before, "bytes_most": resident("VmHWM")}
     else:
         one_step(engine)
-    snapshot = engine.snapshot().wait()
+    snapshot = engine.snapshot().hold()
     facts["share_bytes"] = snapshot.bytes
     with (arguments.leave / f"rank-{engine.world.rank:05d}.safetensors").open("wb") as file:
         file.writelines(content(snapshot))

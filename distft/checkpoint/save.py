@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -64,9 +64,10 @@ class _Report:
 class Saver:
     """Saves an engine's state, one checkpoint at a time; every rank makes one and calls every method equally often.
 
-    Each rank copies its state into host memory, beside the next step's passes, and writes the copy in a thread, beside
-    the next steps, into a folder of a name that is never used again. When all have, rank 0's thread looks for every
-    file and writes COMPLETE: only then the checkpoint exists. Room within the budget is made before a byte is written.
+    Each rank writes its state in a thread, beside the next steps, into a folder of a name that is never used again;
+    what an update would change before it is written is copied into host memory. When all have, rank 0's thread looks
+    for every file and writes COMPLETE: only then the checkpoint exists. Room within the budget is made before a byte is
+    written.
 
     Args:
         engine: Whose state is saved.
@@ -75,7 +76,7 @@ class Saver:
         budget_bytes: What everything in the storage may take together, at any moment.
 
     Attributes:
-        seconds: How long the last save took, from the copy to COMPLETE.
+        seconds: How long the last save took, from its beginning to COMPLETE.
     """
 
     def __init__(self, engine: Engine, storage: Storage, key: bytes, budget_bytes: int) -> None:
@@ -103,7 +104,7 @@ class Saver:
         return self.finish()
 
     def begin(self, state: State) -> None:
-        """Makes room, and starts to copy the engine's state and to write it; returns before it is copied.
+        """Makes room, and starts to write the engine's state as it is now.
 
         :meth:`hold` comes before the engine's next step.
 
@@ -125,9 +126,9 @@ class Saver:
         self._write.thread.start()
 
     def hold(self) -> None:
-        """Waits until the state is copied, so that it may change."""
+        """Sees to it that the state may change: what is not written yet is copied."""
         if self._write is not None:
-            self._write.snapshot.wait()
+            self._write.snapshot.hold()
 
     def finish(self) -> Checkpoint:
         """Waits until every rank has written its part and the checkpoint is complete.
@@ -171,7 +172,8 @@ class Saver:
         """Writes this rank's file."""
         rank, host = self._engine.world.rank, socket.gethostname()
         try:
-            size, digest = self._storage.write(self._file(write.planned), shards.content(write.snapshot.wait()))
+            with closing(shards.content(write.snapshot)) as content:
+                size, digest = self._storage.write(self._file(write.planned), content)
             return _Report(FileRecord(write.planned.files[rank].name, size, digest), None, host)
         except DistftError as error:
             return _Report(None, error, host)

@@ -13,7 +13,8 @@ import json
 import math
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ DTYPES = {"F32": torch.float32, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def content(snapshot: Snapshot) -> Iterator[memoryview]:
-    """A snapshot as a file's bytes, buffer by buffer, without copying any tensor."""
+def content(snapshot: Snapshot) -> Generator[memoryview]:
+    """A snapshot as a file's bytes, buffer by buffer, without copying any tensor; as with its stream, to be closed."""
     yield memoryview(_header(snapshot))
-    for kind in KINDS:
-        for piece in snapshot.pieces:
-            yield _bytes(piece.tensors[kind])
+    with closing(snapshot.stream()) as parts:
+        for part in parts:
+            yield _bytes(part.contiguous())
 
 
 def file_bytes(snapshot: Snapshot) -> int:
@@ -48,15 +49,13 @@ def _header(snapshot: Snapshot) -> bytes:
     metadata = {"format": FORMAT, "updates": str(snapshot.updates), "pieces": json.dumps(pieces)}
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
-    for kind in KINDS:
-        for piece in snapshot.pieces:
-            tensor = piece.tensors[kind]
-            header[f"{kind}/{piece.name}"] = {
-                "dtype": NAMES[tensor.dtype],
-                "shape": [tensor.numel()],
-                "data_offsets": [position, position + tensor.nbytes],
-            }
-            position += tensor.nbytes
+    for piece in snapshot.pieces:
+        header[f"{piece.kind}/{piece.name}"] = {
+            "dtype": NAMES[piece.tensor.dtype],
+            "shape": [piece.tensor.numel()],
+            "data_offsets": [position, position + piece.tensor.nbytes],
+        }
+        position += piece.tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return struct.pack("<Q", len(text)) + text

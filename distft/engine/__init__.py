@@ -12,7 +12,8 @@ import torch
 
 from distft.engine.plain import PlainEngine
 from distft.engine.processes import broadcast, device_of, join, leave
-from distft.engine.protocol import KINDS, Engine, Piece, Settings, Snapshot, StateReader
+from distft.engine.protocol import KINDS, Engine, Settings, StateReader
+from distft.engine.snapshot import Piece, Snapshot
 from distft.errors import CapacityError
 from distft.model import LossModel
 from distft.world import World

@@ -6,16 +6,13 @@ The same for every engine and every ZeRO stage, once it is known where each para
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from distft.engine.protocol import KINDS, Piece, Snapshot, StateReader
-
-#: Elements that are read at a time: a restore holds this much more than the state itself.
-CHUNK = 2**22
+from distft.engine.protocol import KINDS, StateReader
+from distft.engine.snapshot import CHUNK, Piece, Snapshot
 
 
 @dataclass(frozen=True)
@@ -49,50 +46,23 @@ class Holding:
 
 
 def snapshot(optimizer: torch.optim.Optimizer, holdings: Sequence[Holding], into: Snapshot | None = None) -> Snapshot:
-    """Begins to copy the holdings into host memory; moments that no update has made yet are zeros.
+    """What the holdings are now; moments that no update has made yet are zeros.
 
     Args:
         optimizer: Whose state it is.
-        holdings: What is copied.
-        into: Whose memory is used, as far as it holds the same pieces.
+        holdings: What is wanted.
+        into: As for :class:`Snapshot`.
     """
-    held = {} if into is None else {(piece.name, piece.start): piece.tensors for piece in into.pieces}
-    copies: list[tuple[Tensor, Tensor | None]] = []
-    pieces = []
-    for one in holdings:
-        if one.elements:
-            tensors = {}
-            for kind in KINDS:
-                source = _source(optimizer, one, kind)
-                dtype = one.owner.dtype if source is None else source.dtype
-                tensors[kind] = _room(held.get((one.name, one.start), {}).get(kind), one.elements, dtype)
-                copies.append((tensors[kind], source))
-            pieces.append(Piece(one.name, one.shape, one.start, tensors))
     updates = max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
-    beside = ThreadPoolExecutor(1, "snapshot")
-    copied = beside.submit(_copy, copies)
-    beside.shutdown(wait=False)  # the thread ends when it has copied
-    return Snapshot(tuple(pieces), updates, copied)
+    return Snapshot((_piece(optimizer, one, kind) for kind in KINDS for one in holdings if one.elements), updates, into)
 
 
-def _source(optimizer: torch.optim.Optimizer, one: Holding, kind: str) -> Tensor | None:
+def _piece(optimizer: torch.optim.Optimizer, one: Holding, kind: str) -> Piece:
     whole = one.owner if kind == "weight" else optimizer.state.get(one.owner, {}).get(kind)
-    return None if whole is None else one.of(whole)
-
-
-def _room(known: Tensor | None, elements: int, dtype: torch.dtype) -> Tensor:
-    """Host memory for so many elements, that which is known where it fits."""
-    if known is None or (known.numel(), known.dtype) != (elements, dtype):
-        return torch.empty(elements, dtype=dtype)
-    return known
-
-
-def _copy(copies: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    for into, source in copies:
-        if source is None:
-            into.zero_()
-        else:
-            into.copy_(source)
+    if whole is not None:
+        return Piece(kind, one.name, one.shape, one.start, one.of(whole))
+    zeros = torch.zeros(1, dtype=one.owner.dtype).expand(one.elements)  # of one element's memory
+    return Piece(kind, one.name, one.shape, one.start, zeros, lent=False)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from torch import Tensor
 from distft.engine import pieces
 from distft.engine.clip import clip
 from distft.engine.memory import peak_memory_bytes
-from distft.engine.protocol import Settings, Snapshot, StateReader, parameter_groups, row_losses
+from distft.engine.protocol import Settings, StateReader, parameter_groups, row_losses
+from distft.engine.snapshot import Snapshot
 from distft.model import Batch, LossModel
 from distft.world import World
 

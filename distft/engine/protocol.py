@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from distft.engine.snapshot import Snapshot
 from distft.model import Batch
 from distft.world import World
 
@@ -36,54 +36,6 @@ class Settings:
 
 #: What is kept of a trained parameter.
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of one flattened parameter with its optimizer state: what one rank holds of it.
-
-    It says nothing of ranks or stages, so any number of ranks at any stage can take up what others left.
-
-    Attributes:
-        name: The parameter's name in the model, as ``model.named_parameters()`` has it.
-        shape: Of the whole parameter.
-        start: The piece's first element in the flattened parameter.
-        tensors: ``weight`` (the optimizer's own: fp32, fp64 in an fp64 reference), ``exp_avg`` and ``exp_avg_sq``
-            (Adam's moments, https://arxiv.org/abs/1412.6980), each (elements of the piece,), on the CPU.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of what one rank holds, in host memory; training may go on beside it.
-
-    It is made in a thread: passes may run meanwhile, an update or a restore may not. (Passes leave the state as it is:
-    Mohan et al., CheckFreq, FAST 2021.)
-
-    Attributes:
-        pieces: Over all ranks they make up every trained parameter exactly once.
-        updates: Updates that the optimizer has made (Adam's t).
-        copied: Is done when the tensors hold the copy.
-    """
-
-    pieces: tuple[Piece, ...]
-    updates: int
-    copied: Future[None]
-
-    def wait(self) -> Snapshot:
-        """Itself, once the tensors hold the copy."""
-        self.copied.result()
-        return self
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.nbytes for piece in self.pieces for tensor in piece.tensors.values())
 
 
 class StateReader(Protocol):
@@ -161,13 +113,12 @@ class Engine(Protocol):
         ...
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
-        """A copy of this rank's share of the trained weights and the optimizer's state, not yet on disk.
+        """This rank's share of the trained weights and the optimizer's state, as it is now, not yet on disk.
 
-        Until it is made (:meth:`Snapshot.wait`) nobody may call :meth:`step` or :meth:`restore`.
+        Before :meth:`Snapshot.hold` nobody may call :meth:`step` or :meth:`restore`.
 
         Args:
-            into: One of before that nobody needs any more: its memory is used again, since new memory takes longer to
-                get than to fill.
+            into: One of before that nobody needs any more, for its memory.
         """
         ...
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from distft.engine import pieces, processes, shares
 from distft.engine.clip import clip
 from distft.engine.memory import peak_memory_bytes
-from distft.engine.protocol import KINDS, Settings, Snapshot, StateReader, parameter_groups, row_losses
+from distft.engine.protocol import KINDS, Settings, StateReader, parameter_groups, row_losses
+from distft.engine.snapshot import Snapshot
 from distft.errors import DistftError
 from distft.model import Batch, LossModel
 from distft.plan.memory import BUCKET

@@ -20,9 +20,9 @@ from distft.model.shape import Shape
 from distft.plan.setup import Setup
 
 #: Elements of DeepSpeed's buffer for gradients on their way (``reduce_bucket_size``). On a GPU its own default, which
-#: many of them want: each bucket is a message. On a CPU that is no faster, and takes 0.4 GB more of each rank for
+#: many of them want: each bucket is a message. On a CPU that is no faster, and takes 0.6 GB more of each rank for
 #: SmolLM2-135M in bf16. Larger parameters are sent alone.
-BUCKET = {"cuda": 500_000_000, "cpu": 50_000_000}
+BUCKET = {"cuda": 500_000_000, "cpu": 10_000_000}
 
 #: The same without ZeRO, and in bf16 at stage 1, where DeepSpeed cannot be told (``MEMORY_OPT_ALLREDUCE_SIZE``).
 WHOLE_BUCKET = 500_000_000
@@ -94,14 +94,13 @@ def memory(shape: Shape, trained: int, setup: Setup, process_bytes: int = PROCES
     cpu = setup.device_type == "cpu"
     offloads = setup.offload == "cpu" and not cpu
     state, gradients = _state(shape, trained, setup), _kept_gradients(trained, setup)
-    snapshot = 12 * _share(trained, setup, always=True)
     on_host = {"fp32 weights": state.pop("fp32 weights"), "moments": state.pop("moments")} if offloads else {}
     if offloads and setup.stage == 3:
         on_host["weights"] = state.pop("weights")
     if offloads and setup.stage >= 2:
         on_host["gradients"], gradients = gradients, 0
     if cpu:
-        state |= {"process": process_bytes, "copy for saving": snapshot}
+        state["process"] = process_bytes
     gathered = {"gathered weights": min(_weight_bytes(shape, setup), LIVE * setup.bytes)} if setup.stage == 3 else {}
     steady = {**state, **gathered}
     before = gradients if setup.passes > 1 or setup.stage in (1, 3) else 0  # of earlier passes, or kept for good
@@ -126,7 +125,9 @@ def memory(shape: Shape, trained: int, setup: Setup, process_bytes: int = PROCES
         moments["loading"] = loading
         host = moments[max(moments, key=lambda moment: sum(moments[moment].values()))]
     else:
-        training = {"process": process_bytes, "copy for saving": snapshot, **on_host}
+        # What is on the host is saved from where it is (:class:`distft.engine.snapshot.Snapshot`).
+        saving = {} if offloads else {"copy for saving": 12 * _saved(trained, setup)}
+        training = {"process": process_bytes, **saving, **on_host}
         host = max(loading, training, key=lambda parts: sum(parts.values()))
     return Memory(moments, host, 12 * trained)
 
@@ -136,9 +137,14 @@ def _with_slack(parts: Parts) -> Parts:
     return {**parts, "allocator": round(SLACK * (sum(parts.values()) - parts["process"]))}
 
 
-def _share(trained: int, setup: Setup, *, always: bool = False) -> int:
-    """Trained parameters whose optimizer state a rank keeps, Q or Q/N; those that it saves are Q/N at every stage."""
-    return math.ceil(trained / setup.workers) if setup.stage > 0 or always else trained
+def _share(trained: int, setup: Setup) -> int:
+    """Trained parameters whose optimizer state a rank keeps, Q or Q/N."""
+    return _saved(trained, setup) if setup.stage > 0 else trained
+
+
+def _saved(trained: int, setup: Setup) -> int:
+    """Trained parameters whose state a rank saves, Q/N at every stage."""
+    return math.ceil(trained / setup.workers)
 
 
 def _weight_bytes(shape: Shape, setup: Setup) -> int:

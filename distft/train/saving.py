@@ -35,7 +35,7 @@ class Saving:
 
     @property
     def seconds(self) -> float:
-        """How long the last save took, from the copy to COMPLETE."""
+        """How long the last save took, from its beginning to COMPLETE."""
         return self._saver.seconds
 
     @property
@@ -44,7 +44,7 @@ class Saving:
         return self._saver.pending and self._saver.written
 
     def begin(self, progress: Progress) -> None:
-        """Has the state copied beside the next step's passes, and written beside the next steps."""
+        """Has the state written beside the next steps."""
         self.settle()
         try:
             self._copy(progress)
@@ -52,7 +52,7 @@ class Saving:
             self._failed(error)
 
     def hold(self) -> float:
-        """Waits until the state is copied, since an update comes next; returns for how many seconds."""
+        """Sees to it that an update may come next; returns for how many seconds that takes."""
         began = time.perf_counter()
         self._saver.hold()
         waited = time.perf_counter() - began

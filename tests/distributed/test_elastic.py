@@ -132,7 +132,7 @@ def work(folder: str, moves: list[list[Any]]) -> dict[str, Any]:
             states = home / "states" / f"{variant}-{move.target.name}"
             states.mkdir(parents=True, exist_ok=True)
             curve = train(engine, range(TAKEN))
-            snapshot = engine.snapshot().wait()
+            snapshot = engine.snapshot().hold()
             curve += train(engine, range(TAKEN, STEPS))  # beside which the snapshot must not change
             (states / f"{engine.world.rank}.safetensors").write_bytes(b"".join(content(snapshot)))
             assert snapshot.updates == TAKEN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -174,3 +175,19 @@ def test_a_server_whose_cluster_is_lost_says_so_and_ends(
         cluster.ray.remove_node(cluster.ray.head_node, allow_graceful=False)
         check_lost(server, "head is lost")
         print(f"it ended {time.monotonic() - began:.0f} s after its head")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_server_whose_head_is_silent(
+    home: Home, runs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with serving_nodes(home, tmp_path_factory.mktemp("r"), 1) as (cluster, server):
+        began = time.monotonic()
+        cluster.ray.remove_node(cluster.ray.head_node, allow_graceful=False)
+        time.sleep(3)  # it does not know yet
+        server.process.send_signal(signal.SIGINT)
+        _, errors = server.process.communicate(timeout=150)
+        print(f"it ended {time.monotonic() - began:.0f} s after its head")
+        assert server.process.returncode == 5, errors
+        assert "the cluster's head has not answered" in errors
+        assert "Traceback" not in errors

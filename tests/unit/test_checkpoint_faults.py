@@ -49,7 +49,8 @@ def save_forever(folder: Path, budget_bytes: int, said: Connection) -> None:
         step += 1
         fill(made, step)
         saver.begin(replace(STATE, step=step))
-        fill(made, -1)  # what is written is the copy
+        saver.hold()
+        fill(made, -1)  # an update: what is written is as it was
         said.send(saver.finish().step)
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import closing
+
+import pytest
 import torch
 
 from distft.engine.pieces import Holding, snapshot
@@ -9,21 +14,89 @@ from distft.engine.protocol import Snapshot
 
 
 def bits(taken: Snapshot) -> dict[str, list[float]]:
-    return {f"{piece.name}/{kind}": tensor.tolist() for piece in taken.pieces for kind, tensor in piece.tensors.items()}
+    return {f"{piece.name}/{piece.kind}": piece.tensor.tolist() for piece in taken.pieces}
+
+
+def stepped() -> tuple[torch.nn.Parameter, torch.optim.AdamW, Holding]:
+    """A weight that has been updated once, and a part of it."""
+    weight = torch.nn.Parameter(torch.arange(6.0))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones(6)
+    optimizer.step()
+    return weight, optimizer, Holding("w", (6,), 1, 4, weight, 1)
 
 
 def test_memory_of_an_older_snapshot_holds_the_new_one() -> None:
-    weight = torch.nn.Parameter(torch.arange(6.0))
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    holding = Holding("w", (6,), 1, 4, weight, 1)
-    first = snapshot(optimizer, [holding]).wait()
-    weight.grad = torch.ones(6)
+    weight, optimizer, holding = stepped()
+    first = snapshot(optimizer, [holding]).hold()
     optimizer.step()
-    fresh = snapshot(optimizer, [holding]).wait()
-    again = snapshot(optimizer, [holding], into=first).wait()
+    fresh = snapshot(optimizer, [holding]).hold()
+    again = snapshot(optimizer, [holding], into=first).hold()
     assert bits(again) == bits(fresh) != {}
-    assert again.updates == fresh.updates == 1
-    assert again.pieces[0].tensors["weight"].data_ptr() == first.pieces[0].tensors["weight"].data_ptr()
+    assert again.updates == fresh.updates == 2
+    assert again.pieces[0].tensor.data_ptr() == first.pieces[0].tensor.data_ptr()
     larger = Holding("w", (6,), 1, 5, weight, 1)  # of another shape: memory of its own
-    other = snapshot(optimizer, [larger], into=again).wait()
-    assert other.pieces[0].tensors["weight"].tolist() == weight[1:6].tolist()
+    other = snapshot(optimizer, [larger], into=again).hold()
+    assert other.pieces[0].tensor.tolist() == weight[1:6].tolist()
+
+
+def test_moments_that_no_update_has_made_are_zeros_of_no_memory() -> None:
+    weight = torch.nn.Parameter(torch.arange(6.0))
+    taken = snapshot(torch.optim.AdamW([weight], lr=0.1), [Holding("w", (6,), 0, 6, weight, 0)]).hold()
+    assert bits(taken) == {"w/weight": [0, 1, 2, 3, 4, 5], "w/exp_avg": [0] * 6, "w/exp_avg_sq": [0] * 6}
+    assert taken.pieces[1].tensor.untyped_storage().nbytes() == 4
+
+
+def test_only_what_is_not_read_before_an_update_is_copied() -> None:
+    weight, optimizer, holding = stepped()
+    taken = snapshot(optimizer, [holding])
+    whole = bits(taken)
+    with closing(taken.stream()) as parts:
+        assert next(parts).tolist() == whole["w/weight"]
+        assert next(parts).tolist() == whole["w/exp_avg"]  # in use: an update waits for it
+        holding_back = threading.Thread(target=taken.hold)
+        holding_back.start()
+        holding_back.join(0.2)
+        assert holding_back.is_alive()
+        last = next(parts).tolist()
+    holding_back.join(30)
+    assert last == whole["w/exp_avg_sq"]
+    own = {weight.untyped_storage().data_ptr()} | {
+        one.untyped_storage().data_ptr() for one in optimizer.state[weight].values() if one.dim()
+    }
+    lent = [piece.tensor.untyped_storage().data_ptr() in own for piece in taken.pieces]
+    assert lent[0]
+    assert not lent[2]
+
+
+def test_an_update_waits_for_one_part_and_not_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distft.engine.snapshot.CHUNK", 1)
+    weight, optimizer, holding = stepped()
+    taken = snapshot(optimizer, [holding])
+    whole, found, slow = bits(taken), [], 0.1
+
+    def write() -> None:
+        with closing(taken.stream()) as parts:
+            for part in parts:
+                time.sleep(slow)
+                found.append(part.item())
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    while len(found) < 2:
+        time.sleep(0.01)
+    taken.hold()
+    assert len(found) < 8
+    with torch.no_grad():
+        weight.zero_()  # an update
+    writing.join(30)
+    assert found == [*whole["w/weight"], *whole["w/exp_avg"], *whole["w/exp_avg_sq"]]
+
+
+def test_a_write_that_fails_lets_an_update_come() -> None:
+    _, optimizer, holding = stepped()
+    taken = snapshot(optimizer, [holding])
+    with closing(taken.stream()) as parts:
+        next(parts)
+    assert taken.hold() is taken
+    assert all(piece.lent for piece in taken.pieces)  # nobody reads it any more

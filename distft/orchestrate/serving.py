@@ -139,11 +139,11 @@ def serve(
         listener: Who is told.
 
     Raises:
-        JobError: A run has no export or no base to serve, the port is taken, or the cluster serves models already.
+        JobError: A run has no export or no base to serve, the port is taken, or the cluster serves something already.
         CapacityError: The cluster cannot hold the replicas, or lacks the engine.
         RunError: A replica does not start, or its model is not the one that was trained; the message says why.
     """
-    from distft.serving.app import ENVIRONMENT, models_of, running
+    from distft.serving.app import ENVIRONMENT, models_of, others, running
 
     runs = {models.name: models} if isinstance(models, Run) else dict(models)
     _check_exports(runs)
@@ -177,6 +177,12 @@ def serve(
         if running() is not None:
             raise JobError(
                 "this cluster serves models already", where=address, fix="--update puts others in their place"
+            )
+        if foreign := others():
+            raise JobError(
+                f"Ray Serve on this cluster has other applications, which would end with these models: {foreign}",
+                where=address,
+                fix="take another cluster; or put distft.serving.app:build beside them with Ray's own serve deploy",
             )
         settings = _with_room(asked, nodes)
         with _deployed(settings, host, port, listener) as check:

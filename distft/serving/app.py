@@ -370,7 +370,12 @@ def _deployment(name: str, settings: Settings) -> serve.Deployment:
 
 
 def start(host: str, port: int) -> None:
-    """Starts Ray Serve on the cluster that this process is connected to."""
+    """Starts Ray Serve on the cluster that this process is connected to.
+
+    One that runs already without an application is ended first: it would go on listening where it was told before.
+    """
+    if not serve.status().applications:
+        serve.shutdown()
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_QUIET)
 
 
@@ -415,6 +420,11 @@ def running() -> tuple[Settings, Mapping[str, str]] | None:
         return None
     found: tuple[Settings, Mapping[str, str]] = serve.get_deployment_handle(GATEWAY, APP).settings.remote().result()
     return found
+
+
+def others() -> list[str]:
+    """Applications on the cluster that are none of ours."""
+    return sorted(name for name in serve.status().applications if name != APP)
 
 
 def shut_down() -> None:

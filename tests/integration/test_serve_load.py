@@ -18,6 +18,7 @@ import pytest
 from distft.certificate import read
 from tests.integration.conftest import Home
 from tests.integration.servers import JOB, Clients, Server, replicas, served
+from tests.support import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
@@ -107,6 +108,30 @@ def test_a_server_whose_models_another_process_takes_down_says_so_and_ends(home:
         code = f"import ray; ray.init({home.address!r}); from ray import serve; serve.delete('distft')"
         subprocess.run([sys.executable, "-c", code], env=home.environment, check=True, timeout=120)
         check_lost(server, "took the models down")
+    with served(home, "tiny=first") as again:  # at another port
+        assert again.answers_as(read(runs / "first" / "export"))
+
+
+@pytest.mark.slow
+def test_applications_of_others_are_left_alone(home: Home, runs: Path) -> None:
+    code = f"""
+import ray
+from ray import serve
+ray.init({home.address!r})
+@serve.deployment(ray_actor_options={{"num_cpus": 0}})
+class Theirs: ...
+serve.start(proxy_location="Disabled")
+serve.run(Theirs.bind(), name="theirs", route_prefix="/theirs")
+"""
+    subprocess.run([sys.executable, "-c", code], env=home.environment, check=True, timeout=120)
+    _, errors = home.distft("serve", "first", "--port", str(free_port()), "--address", home.address, status=2)
+    assert "other applications, which would end with these models: ['theirs']" in errors
+    code = f"import ray; ray.init({home.address!r}); from ray import serve; print(list(serve.status().applications)); "
+    code += "serve.shutdown()"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=home.environment, check=True, timeout=120, capture_output=True
+    )
+    assert b"['theirs']" in told.stdout
 
 
 def check_lost(server: Server, why: str) -> None:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -172,8 +172,7 @@ class Saver:
         """Writes this rank's file."""
         rank, host = self._engine.world.rank, socket.gethostname()
         try:
-            with closing(shards.content(write.snapshot)) as content:
-                size, digest = self._storage.write(self._file(write.planned), content)
+            size, digest = self._storage.write(self._file(write.planned), shards.content(write.snapshot))
             return _Report(FileRecord(write.planned.files[rank].name, size, digest), None, host)
         except DistftError as error:
             return _Report(None, error, host)

@@ -13,8 +13,7 @@ import json
 import math
 import struct
 from bisect import bisect_right
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,11 @@ DTYPES = {"F32": torch.float32, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def content(snapshot: Snapshot) -> Generator[memoryview]:
-    """A snapshot as a file's bytes, buffer by buffer, without copying any tensor; as with its stream, to be closed."""
+def content(snapshot: Snapshot) -> Iterator[memoryview]:
+    """A snapshot as a file's bytes, buffer by buffer, without a copy of the whole."""
     yield memoryview(_header(snapshot))
-    with closing(snapshot.stream()) as parts:
-        for part in parts:
-            yield _bytes(part.contiguous())
+    for part in snapshot.stream():
+        yield _bytes(part.contiguous())
 
 
 def file_bytes(snapshot: Snapshot) -> int:

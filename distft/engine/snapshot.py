@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-#: Elements that are written at a time: for so many an update may have to wait.
+#: Elements that are read at a time: saving and restoring take this much memory beside the state itself.
 CHUNK = 2**22
 
 
@@ -57,8 +57,7 @@ class Snapshot:
         self.updates = updates
         self._room: dict[tuple[str, str, int], Tensor] = {} if into is None else into._room
         self._read = 0  # of the pieces
-        self._reading = threading.Lock()  # held while a part of a lent tensor is in use
-        self._next = threading.Lock()  # whoever has it reads next: a lock alone would go back to who just had it
+        self._reading = threading.Lock()
         beside = ThreadPoolExecutor(1, "snapshot")
         away = [piece for piece in self.pieces if piece.tensor.device.type != "cpu"]
         self._fetched = beside.submit(self._copy, away)
@@ -69,29 +68,22 @@ class Snapshot:
         """Bytes of all tensors."""
         return sum(piece.tensor.nbytes for piece in self.pieces)
 
-    def stream(self) -> Generator[Tensor]:
-        """All tensors' elements, in order, some at a time; each is to be used before the next one is asked for.
-
-        Once, in any thread; it must be closed, since an update waits for what is in use.
-        """
+    def stream(self) -> Iterator[Tensor]:
+        """All tensors' elements, in order, some at a time; once, in any thread."""
         self._fetched.result()
-        try:
-            for piece in self.pieces:
-                for first in range(0, piece.tensor.numel(), CHUNK):
-                    with self._next:
-                        self._reading.acquire()
-                    try:
-                        yield piece.tensor[first : first + CHUNK]
-                    finally:
-                        self._reading.release()
-                self._read += 1
-        finally:
-            self._read = len(self.pieces)
+        for piece in self.pieces:
+            for first in range(0, piece.tensor.numel(), CHUNK):
+                with self._reading:
+                    part = piece.tensor[first : first + CHUNK]
+                    if piece.lent:  # else an update would wait for whoever writes it, who may wait for a network
+                        part = part.clone()
+                yield part
+            self._read += 1
 
     def hold(self) -> Snapshot:
         """Itself, once it no longer changes with the optimizer's state: an update or a restore may come."""
         self._fetched.result()
-        with self._next, self._reading:
+        with self._reading:
             self._copy([piece for piece in self.pieces[self._read :] if piece.lent])
         return self
 

@@ -47,7 +47,7 @@ class Saving:
         """Has the state written beside the next steps."""
         self.settle()
         try:
-            self._copy(progress)
+            self._begin(progress)
         except (CapacityError, CheckpointError) as error:
             self._failed(error)
 
@@ -72,10 +72,10 @@ class Saving:
             CheckpointError: It cannot be written for another reason.
         """
         self.settle()
-        self._copy(progress)
+        self._begin(progress)
         self._finish()
 
-    def _copy(self, progress: Progress) -> None:
+    def _begin(self, progress: Progress) -> None:
         began, self._step = time.perf_counter(), progress.step
         saved = {**asdict(progress), "skipped_steps": list(progress.skipped_steps)}
         self._saver.begin(replace(self._state, **saved, probe_loss=self._probe()))

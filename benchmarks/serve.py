@@ -6,7 +6,8 @@
 - ``load``: requests that arrive at random (a Poisson process, whether or not the ones before are answered) at some
   shares of the throughput: time to first token, time per token, and the share of requests within a goal.
 - ``vllm``: the engine vllm, with this environment's vLLM: the throughput against vLLM's engine alone in one process,
-  and vLLM's own OpenAI server; and the time to the first token of requests that arrive at random, of both servers.
+  and vLLM's own OpenAI server; and the time to the first token, of both servers, of 16 requests that are streamed at
+  once and of requests that arrive at random.
 - ``soak --minutes 30 [--kill-every 120]``: four fifths of the capacity for a long time, with clients that leave, read
   slowly or send too much, while replicas are killed or not: what was lost, and whether memory and threads stay.
 
@@ -124,12 +125,12 @@ async def timed(http: httpx.AsyncClient, model: str, prompt: str) -> Timed:
     return Timed(first - began, (last - first) / max(1, tokens - 1), tokens)
 
 
-async def burst(url: str, model: str) -> float:
-    """Tokens per second of 16 requests that are sent at once, each answer streamed token by token."""
+async def burst(url: str, model: str) -> tuple[float, list[Timed]]:
+    """Tokens per second of 16 requests that are sent at once, each answer streamed token by token; the answers."""
     async with client(url) as http:
         began = time.perf_counter()
         answers = await asyncio.gather(*(timed(http, model, prompt) for prompt in prompts(REQUESTS)))
-        return sum(answer.tokens for answer in answers) / (time.perf_counter() - began)
+        return sum(answer.tokens for answer in answers) / (time.perf_counter() - began), answers
 
 
 async def burst_of_wholes(url: str, model: str) -> float:
@@ -203,7 +204,7 @@ def throughput(run: Run, repeats: int) -> dict[str, Any]:
         with served(run, 8100) as url:
             asyncio.run(burst_of_wholes(url, run.name))  # the first is for caches
             found["whole"].append(asyncio.run(burst_of_wholes(url, run.name)))
-            found["streamed"].append(asyncio.run(burst(url, run.name)))
+            found["streamed"].append(asyncio.run(burst(url, run.name))[0])
         print({name: round(values[-1], 1) for name, values in found.items()}, flush=True)
     medians = {name: statistics.median(values) for name, values in found.items()}
     ratios = {f"{name}_over_alone": medians[name] / medians["alone"] for name in ("streamed", "whole")}
@@ -215,6 +216,7 @@ def vllm(run: Run, repeats: int) -> dict[str, Any]:
     alone_rates: list[float] = []
     servers = {"ours": lambda: served(run, 8105, "vllm"), "vllm_server": lambda: served_by_vllm(run, 8106)}
     rates: dict[str, list[float]] = {name: [] for name in servers}
+    at_once: dict[str, list[float]] = {name: [] for name in servers}
     asked: dict[str, list[list[Timed | None]]] = {name: [] for name in servers}
     for _ in range(repeats):
         alone_rates.append(alone(run, ALONE_VLLM))
@@ -222,6 +224,8 @@ def vllm(run: Run, repeats: int) -> dict[str, Any]:
             with server() as url:
                 asyncio.run(burst_of_wholes(url, run.name))  # the first is for caches
                 rates[name].append(asyncio.run(burst_of_wholes(url, run.name)))
+                for _ in range(5):
+                    at_once[name] += [answer.first for answer in asyncio.run(burst(url, run.name))[1]]
                 per_second = 0.6 * alone_rates[0] / NEW_TOKENS
                 asked[name].append(asyncio.run(arrivals(url, run.name, per_second, 60)))
             print(name, round(rates[name][-1], 1), "tokens/s; alone", round(alone_rates[-1], 1), flush=True)
@@ -229,10 +233,13 @@ def vllm(run: Run, repeats: int) -> dict[str, Any]:
     turns = {name: [arrived(per_second, turn) for turn in found] for name, found in asked.items()}
     whole = {name: arrived(per_second, [one for turn in found for one in turn]) for name, found in asked.items()}
     p99 = {name: found["first_token_seconds"]["p99"] for name, found in whole.items()}
+    burst_shares = {name: shares(found) for name, found in at_once.items()}
     return {
         "tokens_per_second": {"alone": alone_rates, **rates},
         "ours_over_alone": median["ours"] / statistics.median(alone_rates),
         "ours_over_vllm_server": median["ours"] / median["vllm_server"],
+        "burst_first_token_seconds": burst_shares,
+        "burst_first_token_p99_over_vllm_server": burst_shares["ours"]["p99"] / burst_shares["vllm_server"]["p99"],
         "arriving": whole,
         "arriving_by_turn": turns,
         "first_token_p99_over_vllm_server": p99["ours"] / p99["vllm_server"],
@@ -283,7 +290,7 @@ def load(run: Run, repeats: int) -> dict[str, Any]:
     """Latency at 0.4, 0.6 and 0.8 of the throughput."""
     with served(run, 8101) as url:
         asyncio.run(burst(url, run.name))
-        most = asyncio.run(burst(url, run.name)) / NEW_TOKENS
+        most = asyncio.run(burst(url, run.name))[0] / NEW_TOKENS
         rates = [share * most for share in (0.4, 0.6, 0.8)]
         found = [arrived(rate, asyncio.run(arrivals(url, run.name, rate, 20 * repeats))) for rate in rates]
     return {"goal_seconds": {"first": FIRST_SECONDS, "each": EACH_SECONDS}, "most_per_second": most, "loads": found}

@@ -104,6 +104,18 @@ def test_a_classifier_is_refused_before_anything_is_loaded() -> None:
 
 
 @needs_vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the engine's threads only hand out work")
+def test_the_engines_threads_give_way_to_those_that_speak_for_it(engine: VllmEngine) -> None:
+    asyncio.run(written(engine, PROMPTS[0], Sampling(2)))
+    computing = [one for one in psutil.Process().children() if one.name().startswith("VLLM::")]
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert computing
+    for process in computing:
+        found = {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in process.threads()}
+        assert found == {min(own + 4, 19)}
+
+
+@needs_vllm
 def test_greedy_answers_in_company_are_those_of_generate(engine: VllmEngine) -> None:
     model = model_of()
     expected = [answers(model, TOKENIZER, [prompt], 30)[0] for prompt in PROMPTS]

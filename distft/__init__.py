@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from distft.config import Job
     from distft.orchestrate.results import evaluate
     from distft.orchestrate.run import run, search
-    from distft.orchestrate.serving import serve
+    from distft.orchestrate.serving.server import serve
     from distft.orchestrate.writing import generate
     from distft.runs import Run
 
@@ -32,7 +32,7 @@ _HOMES = {
     "generate": "distft.orchestrate.writing",
     "run": "distft.orchestrate.run",
     "search": "distft.orchestrate.run",
-    "serve": "distft.orchestrate.serving",
+    "serve": "distft.orchestrate.serving.server",
 }
 
 

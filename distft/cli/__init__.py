@@ -262,8 +262,8 @@ def serve(
 ) -> None:
     """Answer over HTTP as OpenAI's API does, with models that are proved to be the trained ones; until Ctrl-C."""
     from distft.cli.serving import how_to_ask
-    from distft.orchestrate.serving import serve as serving
-    from distft.orchestrate.serving import update as put
+    from distft.orchestrate.serving.server import serve as serving
+    from distft.orchestrate.serving.server import update as put
     from distft.orchestrate.signals import wait_for_stop
 
     if engine is not None:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from distft.orchestrate.serving import Serving
+from distft.orchestrate.serving.server import Serving
 from distft.serving.protocol import Model
 
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import re
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +25,6 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from distft.errors import RunError
 from distft.serving.flow import gathered
 from distft.serving.models import model_of, refuse_other_engine
 from distft.serving.protocol import ApiError, Delta, Judgement, Model, Question
@@ -39,13 +36,9 @@ if TYPE_CHECKING:
 
 APP, GATEWAY = "distft", "gateway"
 """The names of the application and of its way in, on the cluster."""
-#: Requests that run when a server is stopped have so long.
-_LEAVE_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
 #: While all models are ready they are looked at less often: each look asks for all of Serve's state.
 _SETTLED_SECONDS = 5.0
-_READY_SECONDS = 60.0
-_QUIET = {"log_level": "ERROR", "enable_access_log": False}
 #: Pieces of a stream that come within so long go through the cluster together, as those of Ray's own server of language
 #: models do (``RAYLLM_MODEL_RESPONSE_BATCH_TIMEOUT_MS``): a message costs tenths of a millisecond of a processor in
 #: each of three processes, and nobody reads faster.
@@ -56,8 +49,6 @@ _LOST = (RayActorError, ReplicaUnavailableError)
 #: Serve's processes send requests and pieces of answers by gRPC: as Ray objects a piece takes twice the processor's
 #: time, and with vLLM beside it on two cores a token took 0.089 s instead of 0.044. They listen for both in any case.
 ENVIRONMENT = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
-#: The head's node, where the proxy of :func:`start` is: a gateway elsewhere could be lost without it.
-_HEAD = {"node:__internal_head__": 0.001}
 #: Load is its mean over so long; when it has been too much for the replicas for so long, there is one more.
 _LOOK_BACK_SECONDS, _GROW_SECONDS = 15.0, 10.0
 #: The states in which a model may have no replica because nobody asked.
@@ -300,11 +291,11 @@ def build(settings: Settings | Mapping[str, Any]) -> serve.Application:
         JobError: A folder is no export, or its model is not for the engine.
         ValueError: The fields are no settings.
     """
-    return _application(Settings.model_validate(settings), {})
+    return application(Settings.model_validate(settings), {})
 
 
-def _application(settings: Settings, beside: Mapping[str, float]) -> serve.Application:
-    """The application, its gateway where these resources are."""
+def application(settings: Settings, beside: Mapping[str, float]) -> serve.Application:
+    """The same, its gateway where these resources are."""
     handles: dict[str, serve.Application] = {}
     homes: dict[str, str] = {}
     for home, names in settings.deployments().items():
@@ -367,71 +358,3 @@ def _deployment(name: str, settings: Settings) -> serve.Deployment:
         graceful_shutdown_timeout_s=settings.seconds,
         **many,
     )
-
-
-def start(host: str, port: int) -> None:
-    """Starts Ray Serve on the cluster that this process is connected to.
-
-    One that runs already without an application is ended first: it would go on listening where it was told before.
-    """
-    if not serve.status().applications:
-        serve.shutdown()
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_QUIET)
-
-
-def deploy(settings: Settings) -> dict[str, str]:
-    """Starts the application, or puts this one in the place of another, and waits until it answers.
-
-    Returns:
-        By model, a line that says how a replica was proved to be the trained one.
-
-    Raises:
-        RunError: A replica did not start, with what it said.
-    """
-    try:
-        serve.run(_application(settings, _HEAD), name=APP, route_prefix="/", logging_config=_QUIET)
-    except RuntimeError as error:
-        raise _why(settings) or RunError(str(error)) from error
-    gateway, until = serve.get_deployment_handle(GATEWAY, APP), time.monotonic() + _READY_SECONDS
-    while not gateway.ready.remote().result():
-        if time.monotonic() > until:
-            raise RunError("its replicas run, and the gateway does not see them", where=APP)
-        time.sleep(_LOOK_SECONDS)
-    return {
-        name: serve.get_deployment_handle(home, APP).proof.remote(name).result()
-        for home, names in settings.deployments().items()
-        for name in names
-    }
-
-
-def _why(settings: Settings) -> RunError | None:
-    """What a replica that did not start said last; Ray Serve hands it on as the text of a traceback."""
-    for name in settings.deployments():
-        said = serve.status().applications[APP].deployments[name].message.strip()
-        ours = re.search(r"^distft\.errors\.\w+: (.+)", said, re.DOTALL | re.MULTILINE)
-        if said:
-            return RunError(ours[1] if ours else said.splitlines()[-1], where=name)
-    return None
-
-
-def running() -> tuple[Settings, Mapping[str, str]] | None:
-    """What the cluster serves now, and each model's deployment; None where it serves nothing of ours."""
-    if APP not in serve.status().applications:
-        return None
-    found: tuple[Settings, Mapping[str, str]] = serve.get_deployment_handle(GATEWAY, APP).settings.remote().result()
-    return found
-
-
-def others() -> list[str]:
-    """Applications on the cluster that are none of ours."""
-    return sorted(name for name in serve.status().applications if name != APP)
-
-
-def shut_down() -> None:
-    """Lets the requests that run finish, and ends all replicas."""
-    if APP in serve.status().applications:
-        gateway, until = serve.get_deployment_handle(GATEWAY, APP), time.monotonic() + _LEAVE_SECONDS
-        with suppress(TimeoutError):  # one that did not start knows of no requests
-            while gateway.drain.remote().result(timeout_s=_LEAVE_SECONDS) and time.monotonic() < until:
-                time.sleep(_LOOK_SECONDS)
-    serve.shutdown()

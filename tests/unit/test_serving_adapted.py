@@ -29,7 +29,7 @@ from distft.model.adapter import add_adapter, merge_adapter, write_adapter
 from distft.model.mixed_adapters import Adapter, read_adapter
 from distft.orchestrate.bases import saving, shared_bases
 from distft.orchestrate.listener import Silent
-from distft.orchestrate.serving import _changed
+from distft.orchestrate.serving.server import _changed
 from distft.runs import Run
 from distft.serving.adapted import SharedService
 from distft.serving.app import Replica

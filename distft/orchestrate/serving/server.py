@@ -7,22 +7,21 @@ import logging
 import os
 import re
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from distft.certificate import read as certificate
 from distft.config import Bounds
-from distft.errors import CapacityError, ClusterLost, JobError, RunError
+from distft.errors import CapacityError, JobError, RunError
 from distft.export import exported
-from distft.orchestrate.asking import Question, in_background
 from distft.orchestrate.bases import shared_bases
-from distft.orchestrate.cluster import Node, connected, describe, free_nodes, joined, listed, live_nodes, room
+from distft.orchestrate.cluster import Node, connected, describe, free_nodes, joined, listed, room
 from distft.orchestrate.listener import SILENT, Listener
 from distft.orchestrate.results import export_base
+from distft.orchestrate.serving.watch import Watch, shut_down
 from distft.runs import Run
 from distft.serving.keys import Keys
 from distft.serving.protocol import Model
@@ -31,12 +30,6 @@ from distft.train.folder import job_of
 
 BASE = "base"
 """What requests call the model that training began with."""
-
-#: How long a gateway that is asked whether it still serves has for an answer, and how long it or the head may be
-#: silent: Ray's own process on this node ends about 60 s after the head, and this one with it, before it could say why.
-_ASK_SECONDS, _SILENT_SECONDS = 2.0, 40.0
-
-_SERVE_AGAIN = "serve again, once there is a cluster"
 
 
 @dataclass(frozen=True)
@@ -56,56 +49,6 @@ class Serving:
     key: str | None
     insecure: bool
     check: Callable[[], None]
-
-
-class _Watch:
-    """Whether the cluster still serves: its gateway is asked, and its head, without which a gateway may go on a while.
-
-    Both by threads of their own, for any call into a cluster that is lost may never return.
-    """
-
-    def __init__(self) -> None:
-        from ray.serve import get_deployment_handle
-
-        from distft.serving.app import APP, GATEWAY
-
-        self._gateway = get_deployment_handle(GATEWAY, APP)
-        self._questions: tuple[Question[Any], ...] = Question(self._heard, 1.0), Question(live_nodes, 5.0)
-        self.lost: RunError | None = None
-        """Why it serves no more."""
-
-    def _heard(self) -> None:
-        """Returns when the gateway has answered.
-
-        Raises:
-            RunError: It is gone for good.
-        """
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
-
-        while True:
-            try:
-                self._gateway.ready.remote().result(timeout_s=_ASK_SECONDS)
-                return
-            except DeploymentUnavailableError:
-                raise RunError("somebody took the models down", fix=_SERVE_AGAIN) from None
-            except (TimeoutError, RayError, RayServeException):  # Ray Serve restarts what ended
-                time.sleep(1)
-
-    def check(self) -> None:
-        """See :attr:`Serving.check`."""
-        try:
-            for question in self._questions:
-                question.answer()
-                if (silent := question.waiting_seconds) > _SILENT_SECONDS:
-                    what = (
-                        f"nothing was heard of the models for {silent:.0f} s: the cluster's head is lost, or Ray Serve"
-                    )
-                    raise ClusterLost(what, fix=_SERVE_AGAIN)
-        except RunError as error:
-            self.lost = error
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks of Ray Serve's end with errors of their own
-            raise
 
 
 @contextlib.contextmanager
@@ -143,7 +86,8 @@ def serve(
         CapacityError: The cluster cannot hold the replicas, or lacks the engine.
         RunError: A replica does not start, or its model is not the one that was trained; the message says why.
     """
-    from distft.serving.app import ENVIRONMENT, models_of, others, running
+    from distft.orchestrate.serving.application import others, running
+    from distft.serving.app import ENVIRONMENT, models_of
 
     runs = {models.name: models} if isinstance(models, Run) else dict(models)
     _check_exports(runs)
@@ -208,7 +152,7 @@ def _deployed(settings: Settings, host: str, port: int, listener: Listener) -> I
     Yields:
         See :attr:`Serving.check`.
     """
-    from distft.serving.app import deploy, start
+    from distft.orchestrate.serving.application import deploy, start
 
     watch = None
     listener.stage("start replicas, and prove that they are the trained model")
@@ -217,33 +161,12 @@ def _deployed(settings: Settings, host: str, port: int, listener: Listener) -> I
         for name, proof in deploy(settings).items():
             listener.note(f"  {name}: {proof}")
         listener.stage("serving")
-        watch = _Watch()
+        watch = Watch()
         yield watch.check
         listener.stage("finish the requests that run")
     finally:
         if watch is None or watch.lost is None:
-            _shut_down()
-
-
-def _shut_down() -> None:
-    """Lets the requests that run finish, and ends all replicas.
-
-    Raises:
-        ClusterLost: The cluster's head does not answer.
-    """
-    from distft.serving.app import shut_down
-
-    head = Question(live_nodes, 1.0)
-    ended = in_background(shut_down)  # it may never return where the head is lost
-    while not ended.done():
-        head.answer()
-        if head.waiting_seconds > _SILENT_SECONDS:
-            raise ClusterLost(
-                f"the cluster's head has not answered for {head.waiting_seconds:.0f} s",
-                fix="end its processes on every node, where there are any left: ray stop",
-            )
-        time.sleep(0.1)
-    ended.result()
+            shut_down()
 
 
 def _folders(runs: Mapping[str, Run], based: Run | None, listener: Listener) -> dict[str, Path]:
@@ -276,7 +199,7 @@ def update(models: Mapping[str, Run], *, address: str = "auto", listener: Listen
         CapacityError: The cluster has no room for new replicas beside the old ones.
         RunError: The new replicas do not start, or their model is not the one that was trained.
     """
-    from distft.serving.app import deploy, running
+    from distft.orchestrate.serving.application import deploy, running
 
     _check_exports(models)
     listener.stage("cluster")

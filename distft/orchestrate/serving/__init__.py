@@ -1,0 +1,1 @@
+"""Serving on the cluster: models put up, watched, put in one another's place and taken down."""

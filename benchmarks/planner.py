@@ -1,9 +1,10 @@
 """The planner's error: short real trainings beside what was predicted of them.
 
 ``python -m benchmarks.planner`` trains SmolLM2-135M, and a small model of its kind, for a few steps in each
-configuration, under torchrun on this machine, and reads each run's ``plan.json``. The error is told twice: as
-predicted from formulas and data sheets alone, and as predicted after the other configurations were run (each is left
-out of its own correction).
+configuration, under torchrun on this machine, and reads each run's ``plan.json``. The error is told as predicted from
+formulas and data sheets alone, and as predicted after the other configurations were run (each is left out of its own
+correction). A machine that others share is not as fast at one time as at another: before and after each run a plain
+loop is timed in as many processes, and the seconds of a step are told also as they would be at the loop's usual pace.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,60 @@ def make_small(to: Path) -> Path:
     return to
 
 
+LOOP = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+rows = torch.arange(1024).reshape(4, 256)
+for _ in sys.stdin:
+    passes, began = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - began) < 5:
+        model(input_ids=rows, labels=rows).loss.backward()
+        passes += 1
+    print(passes / seconds, flush=True)
+"""
+
+
+class Pacers:
+    """Processes that tell how fast this machine is just now, by passes of a small model with a thread each.
+
+    Args:
+        model: The model's folder.
+        most: How many there are.
+    """
+
+    def __init__(self, model: Path, most: int) -> None:
+        command = [sys.executable, "-c", LOOP, str(model)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._processes = [subprocess.Popen(command, text=True, **pipes) for _ in range(most)]
+        self.pace(most)  # the first passes are slower
+
+    def pace(self, workers: int) -> float:
+        """Passes a second of the slowest of some that compute at once, for which a step would wait."""
+        asked = self._processes[:workers]
+        for process in asked:
+            print(file=process.stdin, flush=True)
+        return min(float(process.stdout.readline()) for process in asked if process.stdout)
+
+    @classmethod
+    @contextmanager
+    def running(cls, model: Path, most: int) -> Iterator[Pacers]:
+        """Some, until the end."""
+        pacers = cls(model, most)
+        try:
+            yield pacers
+        finally:
+            for process in pacers._processes:
+                process.communicate()
+
+
+def usual(paces: Sequence[float], workers: Sequence[int]) -> list[float]:
+    """Each run's pace, over the median of those of runs with as many workers."""
+    by = {many: statistics.median(p for p, w in zip(paces, workers, strict=True) if w == many) for many in set(workers)}
+    return [pace / by[many] for pace, many in zip(paces, workers, strict=True)]
+
+
 def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dict[str, Any]:
     """Trains for a few steps; the run's ``plan.json``."""
     settings = [
@@ -162,18 +219,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "baselines" / "planner.json")
     arguments = parser.parse_args()
     chosen = [one for one in CONFIGURATIONS if not arguments.only or one.name in arguments.only]
-    plans = []
+    plans, paces = [], []
     with tempfile.TemporaryDirectory() as temporary:
         small = make_small(Path(temporary) / "small")
-        for one in chosen:
-            plans.append(train(one, None if one.model == REAL else small, arguments.steps, Path(temporary) / "runs"))
-            print(one.name, json.dumps(plans[-1]["error"]), flush=True)
+        with Pacers.running(small, max(one.workers for one in chosen)) as pacers:
+            for one in chosen:
+                before = pacers.pace(one.workers)
+                model = None if one.model == REAL else small
+                plans.append(train(one, model, arguments.steps, Path(temporary) / "runs"))
+                paces.append((before + pacers.pace(one.workers)) / 2)
+                print(one.name, json.dumps(plans[-1]["error"]), f"pace {paces[-1]:.2f}", flush=True)
     seen = [observation(plan) for plan in plans]
-    found = errors(seen, plans)
+    speeds = usual(paces, [one.workers for one in chosen])
+    evenly = [replace(one, measured_seconds=one.measured_seconds * by) for one, by in zip(seen, speeds, strict=True)]
+    found = [
+        {**raw, **{f"{name}_at_usual_pace": paced[name] for name in ("seconds", "seconds_corrected")}}
+        for raw, paced in zip(errors(seen, plans), errors(evenly, plans), strict=True)
+    ]
     worst = {name: max((abs(one[name]) for one in found), default=0.0) for name in found[0]}
     results = [
-        {**asdict(one), "observation": asdict(what), "error": error, "moment": plan["predicted"]["peak_moment"]}
-        for one, what, error, plan in zip(chosen, seen, found, plans, strict=True)
+        {
+            **asdict(one),
+            "observation": asdict(what),
+            "pace": pace,
+            "error": error,
+            "moment": plan["predicted"]["peak_moment"],
+        }
+        for one, what, pace, error, plan in zip(chosen, seen, paces, found, plans, strict=True)
     ]
     document = {"provenance": provenance(), "worst": worst, "results": results}
     arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -44,7 +44,7 @@ BASELINE = ROOT / "benchmarks" / "baselines" / "serve.json"
 REQUESTS, NEW_TOKENS = 16, 128
 #: Goals of a request that a reader does not wait for: seconds to the first token, and between two.
 FIRST_SECONDS, EACH_SECONDS = 2.0, 0.25
-#: For whoever runs vLLM here: our engine, its own, and its server.
+#: For vLLM's own engine and server: bound to cores as it does it by itself it would have one thread on two cores here.
 VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 WORDS = """
 The people of our union have asked what the coming year will bring to the schools and roads of every state
@@ -77,13 +77,13 @@ def served_by_vllm(run: Run, port: int) -> contextlib.AbstractContextManager[str
     dtype = DTYPES[read_json(run.export / "distft.json")["dtype"]]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(run.export)]
     command += ["--served-model-name", run.name, "--port", str(port), "--dtype", dtype]
-    return answering([*command, "--no-enable-prefix-caching"], port, "/health")
+    return answering([*command, "--no-enable-prefix-caching"], port, "/health", VLLM)
 
 
 @contextlib.contextmanager
-def answering(command: list[str], port: int, ready: str) -> Iterator[str]:
+def answering(command: list[str], port: int, ready: str, settings: dict[str, str] | None = None) -> Iterator[str]:
     """A server's process; its URL once ``ready`` answers."""
-    environment = {"DISTFT_API_KEYS": "benchmark-" + "0" * 32, **VLLM, **os.environ}
+    environment = {"DISTFT_API_KEYS": "benchmark-" + "0" * 32, **(settings or {}), **os.environ}
     process = subprocess.Popen(command, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -80,6 +81,8 @@ class Replica:
             ((name, place),) = found.items()
             self._service, proof = proven(name, place, engine=settings.engine, **limits)
             self._proofs = {name: proof}
+        gc.collect()
+        gc.freeze()  # else going through what the libraries hold stops all answers for half a second now and then
 
     async def pieces(self, question: Question) -> AsyncGenerator[list[Delta]]:
         """The pieces of all answers as they come, those that come soon after others together."""

@@ -44,7 +44,6 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # else it tells its makers what is run
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # one that is forked would hold on to the guard's pipe
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every replica of a machine binds its threads to the same cores
 }
 
 
@@ -262,12 +261,25 @@ class VllmEngine:
 
 async def _started(**options: Any) -> Any:
     """The engine of vLLM; runs in the loop that it shall talk to."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in {**_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": _cores()}.items():
         os.environ.setdefault(name, value)  # it reads them as it is imported
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+
+
+def _cores() -> str:
+    """The cores that vLLM binds a thread each to: all, where this process is to compute with all.
+
+    Else the kernel may leave two of its threads on one core while the process that waits for them spins on another one,
+    for as long as vLLM lets it: a second. Replicas that share a machine would all be bound to the same cores.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # not on macOS, where nothing can be bound
+        return "nobind"
+    cores = sorted(os.sched_getaffinity(0))
+    threads = int(os.environ.get("OMP_NUM_THREADS", len(cores)))
+    return ",".join(map(str, cores)) if threads >= len(cores) else "nobind"
 
 
 async def _end_tasks() -> None:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distft.errors import CapacityError, JobError, RunError
 from distft.model import answers
+from distft.serving import vllm_engine
 from distft.serving.cache_size import vllm_bytes
 from distft.serving.models import refuse_other_engine
 from distft.serving.protocol import ApiError, Model, Sampling, Token
@@ -101,6 +102,21 @@ def test_a_classifier_is_refused_before_anything_is_loaded() -> None:
         refuse_other_engine(judge, "vllm")
     refuse_other_engine(judge, "auto")
     refuse_other_engine(replace(judge, kind="generation"), "vllm")
+
+
+def test_threads_are_bound_to_cores_only_where_no_other_replica_would_be_bound_to_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(len(cores)))
+    assert vllm_engine._cores() == ",".join(map(str, cores))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert vllm_engine._cores() == ",".join(map(str, cores))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5})
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert vllm_engine._cores() == "1,3,5"
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert vllm_engine._cores() == "nobind"
 
 
 @needs_vllm

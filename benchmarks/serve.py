@@ -44,8 +44,8 @@ BASELINE = ROOT / "benchmarks" / "baselines" / "serve.json"
 REQUESTS, NEW_TOKENS = 16, 128
 #: Goals of a request that a reader does not wait for: seconds to the first token, and between two.
 FIRST_SECONDS, EACH_SECONDS = 2.0, 0.25
-#: For vLLM's own engine and server: bound to cores as it does it by itself it would have one thread on two cores here.
-VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+#: For vLLM's own engine and server, which otherwise take memory for far more answers than these.
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 WORDS = """
 The people of our union have asked what the coming year will bring to the schools and roads of every state
 """

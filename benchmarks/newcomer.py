@@ -155,7 +155,7 @@ def serve(one: Newcomer) -> None:
 
 def submit(one: Newcomer) -> None:
     """To a cluster of this machine alone, and then the commands that look after a job."""
-    with one.running("ray start --head --block", "ray") as path:
+    with one.running("env DISTFT_RUNS=$PWD/runs ray start --head --block", "ray") as path:
         said(path, "Ray runtime started", 60)
         one("distft submit launch/lora.yaml --name submitted --wait", "submit", r"Better than the base model")
         one("distft status", "submit", r"submitted")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ for _name, _value in {"timeout_ms": "3000", "period_ms": "500", "failure_thresho
 MARKET = "ray.io/market-type"
 
 _LOOK_SECONDS = 1.0
+_REACH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,10 @@ def connected(
 
     known = None if address == "auto" and start else address
     try:
+        if address == "auto" and _is_gone():
+            if not start:
+                raise ConnectionError("the one that ran here last has ended")
+            known = "local"
         ray.init(
             address=known,
             include_dashboard=False,
@@ -271,7 +277,7 @@ def connected(
             log_to_driver=False,
             runtime_env={"env_vars": dict(environment)} if environment else None,
         )
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise CapacityError(
             f"no Ray cluster answers: {str(error).splitlines()[0]}",
             where=f"cluster.address {address!r}",
@@ -287,6 +293,26 @@ def connected(
     finally:
         if not lost:
             ray.shutdown()
+
+
+def _is_gone() -> bool:
+    """Whether nobody listens any more at the cluster that Ray would join by itself, which it would try for minutes.
+
+    ``ray start`` writes the address into a file, and ``ray stop`` alone takes it away.
+
+    Raises:
+        OSError: It cannot be told: the address, another host's, is out of reach.
+    """
+    from ray._private.utils import read_ray_address
+
+    if os.environ.get("RAY_ADDRESS") or not (last := read_ray_address()):
+        return False
+    host, _, port = last.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def joined() -> str | None:

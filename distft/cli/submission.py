@@ -164,10 +164,15 @@ def last_words(cluster: Cluster, job: Submitted) -> str:
     if curve:
         return describe_step(curve[-1])
     try:
-        lines = cluster.log(job.id).strip().splitlines()
+        said = last_line(cluster.log(job.id))
     except RunError:  # its node is gone, and the log with it
-        lines = []
-    return (lines or job.message.strip().splitlines() or [""])[-1].strip()
+        said = ""
+    return said or last_line(job.message)
+
+
+def last_line(said: str) -> str:
+    """What was said last of the run itself; what follows ``Next`` are commands for whoever would run it here."""
+    return said.partition("\nNext\n")[0].strip().rpartition("\n")[2].strip()
 
 
 def _connected(address: str) -> Cluster:

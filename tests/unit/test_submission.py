@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from distft.cli.submission import next_lines, parcel_lines, status_line
+from distft.cli.submission import last_line, next_lines, parcel_lines, status_line
 from distft.config import InvalidJob, UnusableFiles
 from distft.errors import CapacityError, JobError
 from distft.orchestrate.cluster import MARKET, Node
@@ -312,3 +312,10 @@ def test_the_status_of_a_job_is_one_line() -> None:
     assert status_line(job, "distft: data.source: ...") == (
         "one-abc  failed (exit status 3)  1 min 05 s  distft: data.source: ..."
     )
+
+
+def test_what_a_job_said_last_is_of_its_run_and_no_command_for_whoever_runs_it_here() -> None:
+    log = "✓ report 0.4 s\n\nRun     /runs/one\nReport  /runs/one/report.html\n\nNext\n  distft generate one\n"
+    assert last_line(log) == "Report  /runs/one/report.html"
+    assert last_line("  step 3/12  loss 3.2\n") == "step 3/12  loss 3.2"
+    assert last_line("") == ""

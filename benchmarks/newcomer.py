@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -123,11 +124,12 @@ def quickstart(one: Newcomer) -> None:
 
 
 def own_csv(one: Newcomer) -> None:
-    """Rows of a csv file, of two columns, and a job file of a few lines."""
+    """Two thousand rows of a csv file, of two columns, and a job file of a few lines."""
     one("make launch-data", "own-csv")
     mine = one.clone / "mine"
     mine.mkdir(exist_ok=True)
     rows = [json.loads(line) for line in (one.clone / "launch" / "data" / "classify.jsonl").open()]
+    rows = random.Random(1).sample(rows, 2000)
     with (mine / "paragraphs.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["text", "label"])
         writer.writeheader()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,10 +267,11 @@ def connected(
 
     known = None if address == "auto" and start else address
     try:
-        if address == "auto" and _is_gone():
-            if not start:
-                raise ConnectionError("the one that ran here last has ended")
-            known = "local"
+        named = _named(address)
+        if named is not None and not _listens(named):
+            if known is not None or os.environ.get("RAY_ADDRESS"):
+                raise ConnectionError(f"nobody listens at {named}")
+            known = "local"  # the one that ran here last has ended
         ray.init(
             address=known,
             include_dashboard=False,
@@ -295,24 +297,30 @@ def connected(
             ray.shutdown()
 
 
-def _is_gone() -> bool:
-    """Whether nobody listens any more at the cluster that Ray would join by itself, which it would try for minutes.
+def _named(address: str) -> str | None:
+    """The HOST:PORT that Ray would connect to; for ``auto`` that of the cluster that was started here last.
 
-    ``ray start`` writes the address into a file, and ``ray stop`` alone takes it away.
-
-    Raises:
-        OSError: It cannot be told: the address, another host's, is out of reach.
+    ``ray start`` writes it into a file, and ``ray stop`` alone takes it away.
     """
     from ray._private.utils import read_ray_address
 
-    if os.environ.get("RAY_ADDRESS") or not (last := read_ray_address()):
-        return False
-    host, _, port = last.rpartition(":")
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+    return address if re.fullmatch(r"[^/]+:\d+", address) else None
+
+
+def _listens(address: str) -> bool:
+    """Whether somebody listens there, which Ray would try for minutes.
+
+    Raises:
+        OSError: It cannot be told: the address is out of reach.
+    """
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
     except ConnectionRefusedError:
-        return True
-    return False
+        return False
+    return True
 
 
 def joined() -> str | None:

@@ -94,7 +94,6 @@ def test_a_run_is_refused_before_anything_is_made_and_the_node_is_named(sick: Ho
     assert list(runs.iterdir()) == [], "neither a run nor what was tried is left"
 
 
-@pytest.mark.slow
 def test_the_doctor_finds_the_same_and_what_the_machine_can_do(sick: Home) -> None:
     output, errors = sick.distft("doctor", "--address", sick.address, "--json", status=4)
     found = json.loads(output)
@@ -108,11 +107,10 @@ def test_the_doctor_finds_the_same_and_what_the_machine_can_do(sick: Home) -> No
     assert not found["well"]
 
 
-@pytest.mark.slow
 def test_a_machine_that_is_well(home: Home) -> None:
     """One node: what `distft doctor` says in a terminal, and that a cluster which is not there is told."""
     output, errors = home.distft("doctor", "--address", home.address)
     assert "All is well." in output
     assert "Traceback" not in errors
-    _, errors = home.distft("doctor", "--address", "127.0.0.1:1", status=4)
-    assert "no Ray cluster answers" in errors
+    output, _ = home.distft("doctor", "--address", "127.0.0.1:1", status=4)
+    assert "no Ray cluster answers: nobody listens at 127.0.0.1:1" in output

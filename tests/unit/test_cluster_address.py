@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distft.errors import CapacityError
-from distft.orchestrate.cluster import _is_gone, connected
+from distft.orchestrate.cluster import _listens, _named, connected
 from tests.support import free_port
 
 
@@ -21,18 +21,29 @@ def last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "ray" / "ray_current_cluster"
 
 
-def test_a_cluster_whose_head_was_killed_is_not_waited_for(last: Path) -> None:
-    assert not _is_gone()
-    last.write_text(f"127.0.0.1:{free_port()}")
-    assert _is_gone()
-    with pytest.raises(CapacityError, match="the one that ran here last has ended"), connected("auto", start=False):
-        pass
-
-
-def test_one_that_listens_or_is_named_is_left_to_ray(last: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        last.write_text(f"127.0.0.1:{listening.getsockname()[1]}")
-        assert not _is_gone()
-    last.write_text(f"127.0.0.1:{free_port()}")
+def test_the_cluster_that_ran_here_last_is_known_by_its_file(last: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _named("auto") is None
+    last.write_text("10.0.0.2:6379")
+    assert _named("auto") == "10.0.0.2:6379"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert not _is_gone()
+    assert _named("auto") == "10.0.0.1:6379"
+    assert _named("10.0.0.3:1") == "10.0.0.3:1"
+    assert _named("local") is None
+    assert _named("ray://10.0.0.3:10001") is None
+
+
+def test_whether_somebody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        assert _listens(f"127.0.0.1:{listening.getsockname()[1]}")
+    assert not _listens(f"127.0.0.1:{free_port()}")
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "auto"])
+def test_a_cluster_that_has_ended_is_not_waited_for(last: Path, given: bool) -> None:
+    gone = f"127.0.0.1:{free_port()}"
+    last.write_text(gone)
+    with (
+        pytest.raises(CapacityError, match=f"nobody listens at {gone}"),
+        connected(gone if given else "auto", start=False),
+    ):
+        pass

@@ -107,6 +107,7 @@ def test_the_doctor_finds_the_same_and_what_the_machine_can_do(sick: Home) -> No
     assert not found["well"]
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_well(home: Home) -> None:
     """One node: what `distft doctor` says in a terminal, and that a cluster which is not there is told."""
     output, errors = home.distft("doctor", "--address", home.address)

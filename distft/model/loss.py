@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distft.model.batch import IGNORED, Batch
 from distft.model.cross_entropy import LossHead
+from distft.model.segments import attend_by_segments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +32,8 @@ class LossModel(nn.Module):
     few tokens, not by a list of names. Both paths give the same loss and gradients.
 
     No attention mask is ever passed and no cache is ever used: either would switch off, without a word, the
-    isolation of packed segments that transformers reads from ``position_ids`` (transformers#46634).
+    isolation of packed segments that transformers reads from ``position_ids`` (transformers#46634). On CPUs attention
+    is computed segment by segment where that is the same (:mod:`distft.model.segments`).
 
     Args:
         model: A causal language model of transformers, whose output layer is replaced by an equal one, or a
@@ -64,6 +66,7 @@ class LossModel(nn.Module):
         self.fused = not self.classifies and (_is_plain_head(model) if fused is None else fused)
         if self.fused:
             model.set_output_embeddings(LossHead.of(cast(nn.Linear, model.get_output_embeddings())))
+        self.by_segments = attend_by_segments(model)
         if compiled:
             _compile_layers(model)
 

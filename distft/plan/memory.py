@@ -218,8 +218,9 @@ def activation_bytes(shape: Shape, setup: Setup) -> int:
 
     The method of Korthikanti et al. (arXiv 2205.05198, section 4.1), which counts the tensors that each operation
     keeps, for the layers that transformers computes today: RMSNorm in fp32, SwiGLU, attention by torch's fused kernel,
-    which keeps no T x T probabilities, but for packed rows a mask of them. Recomputing each layer keeps its input alone
-    and one layer's activations (section 5 there; Chen et al., arXiv 1604.06174).
+    which keeps no T x T probabilities, but on a GPU a mask of them for packed rows (on a CPU texts are attended one by
+    one, :mod:`distft.model.segments`). Recomputing each layer keeps its input alone and one layer's activations
+    (section 5 there; Chen et al., arXiv 1604.06174).
     """
     kept = setup.pass_tokens * shape.hidden * setup.bytes
     if setup.checkpointing:
@@ -235,7 +236,7 @@ def _layer_bytes(shape: Shape, setup: Setup) -> int:
     s, attention = setup.bytes, shape.heads * shape.head_size
     norms = 2 * (4 + 2 * s) * shape.hidden
     wide = (4 if shape.gated else 2) * shape.intermediate * shape.experts_used
-    mask = s * setup.row_tokens if setup.packed else 0
+    mask = s * setup.row_tokens if setup.packed and setup.device_type != "cpu" else 0
     return round(setup.pass_tokens * (norms + 4 * s * attention + s * wide + mask))
 
 

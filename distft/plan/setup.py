@@ -24,7 +24,7 @@ class Setup:
         micro_batch_size: Rows B of a pass.
         row_tokens: Tokens T of a row.
         attended_tokens: The mean length of the segment that a token lies in.
-        packed: Whether rows hold several segments, which a mask keeps apart.
+        packed: Whether rows hold several segments, which on a GPU a mask keeps apart.
         quantised: Whether frozen matrices are in four bits (QLoRA).
         fill: The share of a row's tokens that is no padding.
     """

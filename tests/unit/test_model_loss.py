@@ -227,25 +227,6 @@ def test_invariant_4_isolation_fails_with_a_cache() -> None:
     assert not torch.allclose(logits(rows[0], True), logits(rows[1], True), atol=1e-3)
 
 
-def test_one_whole_segment_a_row_takes_the_causal_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An explicit mask costs a third more time in attention: rows without packing must not pay for it."""
-    masks: list[bool] = []
-    original = F.scaled_dot_product_attention
-
-    def spy(*args: Tensor, **kwargs: object) -> Tensor:
-        masks.append(kwargs.get("attn_mask") is not None)
-        return original(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    model = LossModel(tiny("llama"))
-    masks.clear()
-    model(batch_of(pack(segment(8, 1)), pack(segment(8, 2))))
-    assert masks == [False, False]
-    model(batch_of(pack(segment(4, 1), segment(4, 2))))
-    assert masks == [False, False, True, True]
-
-
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
 def test_flops_agree_with_torchs_counter(name: str) -> None:
     torch.manual_seed(0)

@@ -1,0 +1,152 @@
+"""Attention text by text: what the mask gives, without the mask, for whatever model it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from distft.model import Batch, LossModel, segments
+
+from .test_model_loss import MIXED, batch_of, gradients, pack, segment, tiny
+from .tiny_models import CONFIGS
+
+LONG = batch_of(
+    pack(segment(segments.SHORT + 20, 1), segment(30, 2), segment(5, 3)),
+    pack(segment(40, 4), segment(1, 5), segment(segments.SHORT + 14, 6)),
+)
+#: Caps its attention, which torch's kernel cannot: transformers gives it none of torch's.
+CAPPED = "gemma2"
+
+
+def with_mask(model: LossModel) -> LossModel:
+    """The same model, with transformers' own attention."""
+    masked = copy.deepcopy(model)
+    masked.model.set_attn_implementation("sdpa")
+    return masked
+
+
+def losses_and_gradients(model: LossModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    _, rows = model(batch)
+    model(batch)[0].backward()
+    return rows, gradients(model)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != CAPPED])
+def test_losses_and_gradients_are_those_of_the_mask(name: str) -> None:
+    model = LossModel(tiny(name, torch.float64))
+    assert model.by_segments
+    ours, expected = (losses_and_gradients(each, MIXED) for each in (model, with_mask(model)))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_a_model_without_torchs_kernel_keeps_its_attention() -> None:
+    assert not LossModel(tiny(CAPPED)).by_segments
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_and_short_texts_are_as_exact_as_with_the_mask(dtype: torch.dtype) -> None:
+    """Their backward passes differ in type: either must be as near to fp64 as the mask's."""
+    exact = LossModel(transformers.LlamaForCausalLM(CONFIGS["llama"]()).double())
+    model = LossModel(copy.deepcopy(exact.model).to(dtype))
+    _, expected = losses_and_gradients(exact, LONG)
+    errors = []
+    for each in (model, with_mask(model)):
+        _, found = losses_and_gradients(each, LONG)
+        errors.append(sum(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected))
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_no_mask_is_made_and_each_text_is_attended_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_mask(**_: Any) -> None:
+        raise AssertionError("a mask of T x T was made")
+
+    model = LossModel(tiny("llama"))
+    cut: list[int] = []
+    texts = segments._texts
+
+    def spy(positions: Tensor) -> Iterator[tuple[slice, slice]]:
+        found = list(texts(positions))
+        cut.append(len(found))
+        return iter(found)
+
+    monkeypatch.setattr(segments, "sdpa_mask", no_mask)
+    monkeypatch.setattr(segments, "_texts", spy)
+    model(batch_of(pack(segment(8, 1)), pack(segment(8, 2))))
+    assert cut == [1, 1]  # both layers take rows that are one text each at once
+    cut.clear()
+    model(batch_of(pack(segment(4, 1), segment(4, 2)), pack(segment(8, 2))))
+    assert cut == [3, 3]
+
+
+def test_a_window_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3's kind: of two layers one has a window, and that one alone gets a mask."""
+    model = LossModel(tiny("gemma3"))
+    kept = segments.sdpa_mask
+    windows: list[int | None] = []
+
+    def spy(**arguments: Any) -> Tensor | None:
+        windows.append(arguments["local_size"])
+        return kept(**arguments)
+
+    monkeypatch.setattr(segments, "sdpa_mask", spy)
+    model(MIXED)
+    assert windows == [4]
+
+
+def test_layers_that_do_not_hear_of_positions_keep_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = transformers.models.llama.modeling_llama.LlamaAttention.forward
+
+    def deaf(self: Any, *arguments: Any, position_ids: Tensor | None = None, **rest: Any) -> Any:
+        return forward(self, *arguments, **rest)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaAttention, "forward", deaf)
+    model = LossModel(tiny("llama"))
+    assert not model.by_segments
+    assert model.model.config._attn_implementation == "sdpa"
+    first, other, second = segment(9, 1), segment(9, 3), segment(7, 2)
+    kept = [model.token_losses(batch_of(pack(each, second)))[0, 9:] for each in (first, other)]
+    assert torch.equal(*kept)
+
+
+def test_dropout_in_attention_keeps_the_mask() -> None:
+    config = CONFIGS["llama"]()
+    config.attention_dropout = 0.1
+    assert not LossModel(transformers.LlamaForCausalLM(config)).by_segments
+
+
+def test_padding_and_a_cache_are_as_without_it() -> None:
+    """The model may be asked for text afterwards: with padding on the left, and token by token."""
+    plain = tiny("llama").eval()
+    ours = LossModel(copy.deepcopy(plain)).model.eval()
+    ids = torch.tensor([segment(9, 1).tolist(), segment(9, 2).tolist()])
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    asked: dict[str, Any] = {"input_ids": ids, "attention_mask": padding, "max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids, padding).logits, plain(ids, padding).logits)
+        scores = [
+            torch.stack(model.generate(**asked, output_scores=True, return_dict_in_generate=True).scores)
+            for model in (ours, plain)
+        ]
+    torch.testing.assert_close(*scores)
+
+
+def test_rows_cut_in_another_way_are_not_compiled_anew() -> None:
+    """Nor do compiled layers go back to the mask: the operator is taken into their code as it is."""
+    plain = LossModel(tiny("llama"))
+    compiled = LossModel(copy.deepcopy(plain.model), compiled=True)
+    assert compiled.by_segments
+    frames = []
+    for lengths in ((12, 4), (5, 5, 6), (16,)):
+        batch = batch_of(pack(*(segment(length, 7 + length) for length in lengths)))
+        ours, expected = (losses_and_gradients(each, batch) for each in (compiled, plain))
+        torch.testing.assert_close(ours, expected)
+        frames.append(counters["frames"]["ok"])
+    assert frames[0] == frames[-1] > 0

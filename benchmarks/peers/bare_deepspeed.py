@@ -1,6 +1,6 @@
 """The loop that one would write by hand: transformers' own loss, DeepSpeed's own accumulation. Run under torchrun.
 
-It trains on rows of one length (B, T) in a .npy file and prints one JSON line on rank 0.
+It trains on the rows of a .npz file and prints one JSON line on rank 0.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import time
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
-from measuring import deepspeed_settings, parser, tell
+from measuring import deepspeed_settings, parser, tell, tensors
 from transformers import AutoModelForCausalLM
 
 
@@ -31,14 +30,14 @@ def main() -> None:
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True),
         config={**deepspeed_settings(arguments, size), "steps_per_print": 10**9},
     )
-    rows = torch.from_numpy(np.load(arguments.rows))
+    rows = tensors(arguments.rows)
     seconds, losses = [], []
     for step in range(arguments.steps):
         start = time.perf_counter()
         total = 0.0
         for number in range(accumulation):
-            row = rows[(step * arguments.batch_size + number * size + rank) % len(rows)][None]
-            loss = engine(input_ids=row, labels=row, use_cache=False).loss
+            row = rows[(step * arguments.batch_size + number * size + rank) % len(rows)]
+            loss = engine(**{name: value[None] for name, value in row.items()}, use_cache=False).loss
             engine.backward(loss)
             engine.step()
             total += loss.item()

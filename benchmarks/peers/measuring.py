@@ -11,6 +11,8 @@ import resource
 import time
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
@@ -19,12 +21,29 @@ def parser() -> argparse.ArgumentParser:
     """Of the arguments that all of them take."""
     made = argparse.ArgumentParser()
     made.add_argument("--model", required=True)
-    made.add_argument("--rows", required=True, help="token ids (rows, T) in a .npy file, taken in order")
+    made.add_argument("--rows", required=True, help="a .npz file, see tensors and texts; taken in order")
     made.add_argument("--steps", type=int, required=True)
     made.add_argument("--batch-size", type=int, required=True, help="rows of a step, over all ranks")
     made.add_argument("--dtype", choices=("fp32", "bf16"), required=True)
     made.add_argument("--out", default="out", help="a folder for what a peer writes")
     return made
+
+
+def tensors(path: str) -> list[dict[str, torch.Tensor]]:
+    """Rows as models take them: ``input_ids``, ``position_ids`` and ``labels``, each (T,)."""
+    file = np.load(path)
+    columns = {name: torch.from_numpy(file[name]) for name in ("input_ids", "position_ids", "labels")}
+    return [{name: column[row] for name, column in columns.items()} for row in range(len(file["tokens"]))]
+
+
+def texts(path: str) -> list[list[int]]:
+    """The texts of the rows, as token ids."""
+    file = np.load(path)
+    found = []
+    for ids, positions, tokens in zip(file["input_ids"], file["position_ids"], file["tokens"], strict=True):
+        begins = np.flatnonzero(positions[:tokens] == 0)
+        found += [part.tolist() for part in np.split(ids[:tokens], begins[1:])]
+    return found
 
 
 def deepspeed_settings(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
@@ -75,13 +94,13 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def tell(seconds: list[float], losses: list[float]) -> dict[str, Any]:
+def tell(seconds: list[float], losses: list[float], **more: Any) -> dict[str, Any]:
     """The figures of all ranks, printed on rank 0 as a line of JSON; losses are the mean over ranks."""
     mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, losses
     each: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(each, mine)
     means = [sum(step) / len(each) for step in zip(*(told for _, told in each), strict=True)]
-    found = {"step_seconds": seconds, "losses": means, "peak_memory_bytes": max(peak for peak, _ in each)}
+    found = {"step_seconds": seconds, "losses": means, "peak_memory_bytes": max(peak for peak, _ in each), **more}
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     return found

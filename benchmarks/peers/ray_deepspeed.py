@@ -21,11 +21,10 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from measuring import deepspeed_settings, parser, tell
+from measuring import deepspeed_settings, parser, tell, tensors
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch.utils.data import DataLoader
@@ -49,7 +48,7 @@ def train(settings: dict[str, Any]) -> None:
             "steps_per_print": 10**9,
         },
     )
-    rows = torch.from_numpy(np.load(arguments.rows))
+    rows = [row["input_ids"] for row in tensors(arguments.rows)]
     given = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
     loader = iter(ray.train.torch.prepare_data_loader(DataLoader(given, batch_size=1)))
     engine.train()

@@ -6,9 +6,8 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import numpy as np
 import torch
-from measuring import Clock, parser, tell, trainer_settings
+from measuring import Clock, parser, tell, tensors, trainer_settings
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 
@@ -16,12 +15,11 @@ def main() -> None:
     arguments = parser().parse_args()
     torch.set_num_threads(1)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    rows = torch.from_numpy(np.load(arguments.rows))
     clock = Clock()
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype),
         args=TrainingArguments(**trainer_settings(arguments, int(os.environ["WORLD_SIZE"]))),
-        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        train_dataset=tensors(arguments.rows),
         data_collator=default_data_collator,
         callbacks=[clock],
     )

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers import as_table, full_rows, last_losses
-from benchmarks.throughput import summary
+from benchmarks.peers import as_table, full_rows, last_losses, summary
 from distft.data.order import Order
 from distft.data.store import Prepared
 from tests.distributed import tiny
@@ -25,11 +24,12 @@ def test_a_run_meets_full_rows_only_and_in_its_own_order(tmp_path: Path, module_
 
 
 def test_figures_are_ratios_to_ours_and_losses_are_beside_them() -> None:
+    trl = {"step_seconds": [9.0, 2.0, 4.0], "losses": [3.0, 2.2], "peak_memory_bytes": 4e9}
     runs = {
         "ours": [{"step_seconds": [9.0, 1.0, 1.0], "losses": [3.0, 2.0], "peak_memory_bytes": 1e9}],
-        "trl": [{"step_seconds": [9.0, 2.0, 4.0], "losses": [3.0, 2.2], "peak_memory_bytes": 4e9}],
+        "trl": [{**trl, "supervised_tokens": [0, 100, 600]}],  # its rows are its own: 50 and 150 a second
     }
-    result = {**summary(runs, 300), "losses": last_losses(runs)}
+    result = {**summary(runs, [300, 300, 300]), "losses": last_losses(runs)}
     assert result["ours_over"]["trl"] == {"speed": 3.0, "memory": 0.25}
     assert result["losses"]["trl"]["last_over_ours"] == 2.2 / 2.0 - 1
-    assert "| trl | 100 | 3.00 | 4.00 GB | 0.25 | 2.2000 (+1.0e-01) |" in as_table(result)
+    assert "| trl | 100 | 3.00 |  | 4.00 GB | 0.25 |  | 2.2000 (+1.0e-01) |" in as_table(result)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -173,6 +174,7 @@ def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dic
     if done.returncode:
         sys.exit(f"{one.name}: exit {done.returncode}\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads((runs / one.name / "plan.json").read_text())
+    shutil.rmtree(runs / one.name)  # two checkpoints of 1.6 GB
     return found
 
 

@@ -23,7 +23,7 @@ from distft.runs import Run, read_json, training_curve
 from tests.distributed import tiny
 from tests.support import ROOT, free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 STEPS = 200
 JOB = f"""\

@@ -44,7 +44,7 @@ def attend_by_segments(model: PreTrainedModel) -> bool:
     """
     if torch.cuda.is_available() or model.config._attn_implementation not in ("sdpa", NAME) or _dropout(model):
         return False
-    if not model._can_set_attn_implementation():
+    if model.base_model is model or not model._can_set_attn_implementation():
         return False
     size = model.get_input_embeddings().num_embeddings
     ids = torch.arange(8)[None] % size
@@ -97,15 +97,19 @@ def _attention(
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it; (B, T, H, Q)."""
-    if attention_mask is not None or position_ids is None or query.device.type != "cpu":
+    whole = (
+        attention_mask is None and query.shape[2] == key.shape[2]
+    )  # nor has a token a mask that goes on from a cache
+    usual = query.device.type != "cpu" or query.shape[3] != value.shape[3]
+    if not whole or usual or position_ids is None or position_ids.ndim != 2:
         rest.update(scaling=scaling, position_ids=position_ids)
-        usual: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
-        return usual
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+        return found
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    found, _ = _forward(query, key, value, position_ids.expand(len(query), -1), scale)
-    return found.transpose(1, 2), None
+    states, _ = _forward(query, key, value, position_ids.expand(len(query), -1), scale)
+    return states.transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -121,13 +121,14 @@ def test_dropout_in_attention_keeps_the_mask() -> None:
     assert not LossModel(transformers.LlamaForCausalLM(config)).by_segments
 
 
-def test_padding_and_a_cache_are_as_without_it() -> None:
+@pytest.mark.parametrize("padded", [0, 4])
+def test_padding_and_a_cache_are_as_without_it(padded: int) -> None:
     """The model may be asked for text afterwards: with padding on the left, and token by token."""
     plain = tiny("llama").eval()
     ours = LossModel(copy.deepcopy(plain)).model.eval()
     ids = torch.tensor([segment(9, 1).tolist(), segment(9, 2).tolist()])
     padding = torch.ones_like(ids)
-    padding[0, :4] = 0
+    padding[0, :padded] = 0
     asked: dict[str, Any] = {"input_ids": ids, "attention_mask": padding, "max_new_tokens": 6, "do_sample": False}
     with torch.no_grad():
         torch.testing.assert_close(ours(ids, padding).logits, plain(ids, padding).logits)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -26,12 +25,12 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.provenance import provenance
+from benchmarks.short_runs import ROOT, torchrun
 from distft.config import Job
 from distft.model import materialise
 from distft.model.shrink import shrink
 from distft.plan.calibration import Correction, Observation, correction
 
-ROOT = Path(__file__).parents[1]
 JOB = ROOT / "launch" / "quickstart.yaml"
 
 
@@ -165,14 +164,8 @@ def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dic
         "track.tensorboard=false",
         *([] if model is None else [f"model.source={model}", "model.sha256=null"]),
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(one.workers)]
-    command += ["-m", "distft.train", str(JOB), "--name", one.name, "--runs", str(runs)]
-    for setting in settings:
-        command += ["--set", setting]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{one.name}: exit {done.returncode}\n{done.stderr[-4000:]}")
+    words = ["-m", "distft.train", str(JOB), "--name", one.name, "--runs", str(runs)]
+    torchrun(Path(sys.executable), *words, *(word for each in settings for word in ("--set", each)), ranks=one.workers)
     found: dict[str, Any] = json.loads((runs / one.name / "plan.json").read_text())
     shutil.rmtree(runs / one.name)  # two checkpoints of 1.6 GB
     return found

@@ -33,12 +33,12 @@ LATENCY = {"cuda": (5e-6, 15e-6), "cpu": (50e-6, 200e-6)}
 #: calibration.
 CPU_LINK, CPU_NETWORK, CPU_MEMORY = 1e9, 1.25e9, 10e9
 
-#: Bytes that DeepSpeed moves on a CPU for each trained parameter and pass, by ZeRO stage, on one rank as on several:
-#: it copies gradients to fp32, flattens, averages and adds them, and stage 3 gathers weights in pieces besides. These,
-#: ``EFFICIENCY`` and ``CPU_LINK`` are the least squares of the logarithms of 15 steps of SmolLM2-135M with bf16 (ZeRO 0
-#: to 3, 1 and 2 ranks, 1 to 4 rows a pass of 256 to 1,024 tokens), which they give within 14 %. On a GPU memory is so
-#: fast that the passes hide it.
-HANDLED = (10, 50, 65, 165)
+#: Bytes that DeepSpeed moves on a CPU for each trained parameter and pass, by ZeRO stage, on one rank as on several (at
+#: stage 0 on several only): it copies gradients to fp32, flattens, averages and adds them, and stage 3 gathers weights
+#: in pieces besides. These, ``EFFICIENCY`` and ``CPU_LINK`` are the least squares of the logarithms of 29 steps of
+#: SmolLM2-135M with bf16 (ZeRO 0 to 3, 1 and 2 ranks, 1 to 4 rows a pass of 256 to 1,024 tokens; two trainings of most
+#: kinds, which differed by up to 30 %). On a GPU memory is so fast that the passes hide it.
+HANDLED = (55, 50, 45, 150)
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ def step_time(shape: Shape, trained: int, setup: Setup, rates: Rates, gradient_b
     if setup.checkpointing:
         flops += recomputed_flops_per_token(shape, setup.attended_tokens)
     compute = setup.rank_tokens * flops / (rates.peak_flops * rates.efficiency)
-    handled = HANDLED[setup.stage] * trained * setup.passes if setup.device_type == "cpu" else 0
+    handles = setup.device_type == "cpu" and (setup.stage > 0 or setup.workers > 1)
+    handled = HANDLED[setup.stage] * trained * setup.passes if handles else 0
     share = trained if setup.stage == 0 else math.ceil(trained / setup.workers)
     update = share * (28 + setup.bytes) / rates.memory_bandwidth
     beta = rates.link if setup.nodes == 1 else min(rates.link, rates.network)

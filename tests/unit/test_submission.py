@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
 import threading
 import zipfile
+from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from distft.errors import CapacityError, JobError
 from distft.orchestrate.cluster import MARKET, Node
 from distft.orchestrate.submission import parcel as parcel_module
 from distft.orchestrate.submission.driver import prepare
-from distft.orchestrate.submission.jobs import NODE, Cluster, Submitted, _Told, driver_labels, url_of
+from distft.orchestrate.submission.jobs import NODE, Cluster, Submitted, _Told, driver_labels, tail, url_of
 from distft.orchestrate.submission.parcel import Order, Parcel, extras_of, installation, parcel
 from tests.support import ROOT, free_port
 
@@ -319,3 +321,26 @@ def test_what_a_job_said_last_is_of_its_run_and_no_command_for_whoever_runs_it_h
     assert last_line(log) == "Report  /runs/one/report.html"
     assert last_line("  step 3/12  loss 3.2\n") == "step 3/12  loss 3.2"
     assert last_line("") == ""
+
+
+def test_ctrl_c_is_heeded_where_a_piece_of_the_log_comes_at_the_same_moment() -> None:
+    """Python 3.11's ``asyncio.wait_for`` loses the cancellation then, and with it Ctrl-C."""
+
+    async def interrupted_with_a_piece() -> None:
+        here = asyncio.current_task()
+        assert here is not None
+        comes: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def pieces() -> AsyncIterator[str]:
+            yield await comes
+            yield "as if nothing had been"
+
+        def now() -> None:
+            comes.set_result("piece")
+            here.cancel()  # what asyncio.run makes of SIGINT
+
+        asyncio.get_running_loop().call_later(0.01, now)
+        await tail(pieces(), lambda *_: None)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(interrupted_with_a_piece())

@@ -16,7 +16,7 @@ import secrets
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -179,7 +179,7 @@ class Cluster:
         told, answered = _Told(say), time.monotonic()
         while True:
             with contextlib.suppress(OSError, RuntimeError, aiohttp.ClientError):  # the job itself is asked below
-                asyncio.run(self._tail(id, told))
+                asyncio.run(tail(self._client.tail_job_logs(id), told))
             try:
                 job = self.job(id)
                 answered = time.monotonic()
@@ -206,12 +206,6 @@ class Cluster:
         while (job := self.job(id)).status not in ENDED:
             time.sleep(1)
         return job
-
-    async def _tail(self, id: str, told: _Told) -> None:
-        place, pieces = 0, aiter(self._client.tail_job_logs(id))
-        while (piece := await asyncio.wait_for(anext(pieces, None), SILENT_SECONDS)) is not None:
-            told(place, piece)
-            place += len(piece)
 
     def _refuse_twice(self, run: str, runs: str | None) -> None:
         for job in self.jobs():
@@ -321,6 +315,22 @@ class _Told:
         if new:
             self._say(new)
             self._letters = place + len(piece)
+
+
+async def tail(pieces: AsyncIterator[str], told: Callable[[int, str], None]) -> None:
+    """Passes a log's pieces on, each with its place, until it ends or is silent for too long.
+
+    Raises:
+        TimeoutError: No piece came for ``SILENT_SECONDS``.
+    """
+    place = 0
+    while True:
+        async with asyncio.timeout(SILENT_SECONDS):  # wait_for of Python 3.11 may lose Ctrl-C
+            piece = await anext(pieces, None)
+        if piece is None:
+            return
+        told(place, piece)
+        place += len(piece)
 
 
 def _submitted(info: Any) -> Submitted:

@@ -16,7 +16,7 @@ from distft.plan.speed import flops_per_token
 
 T = TypeVar("T")
 
-#: Runs whose passes take so long are compiled. Steps of SmolLM2-135M in bf16 are shorter by a twentieth and take a tenth
+#: Runs whose passes take so long are compiled. Steps of SmolLM2-135M in bf16 are shorter by a twentieth, take a tenth
 #: less memory, and compiling takes 30 s at each start (benchmarks/baselines/step-profile.json, peers-packed-bf16.json).
 COMPILED_FROM_SECONDS = 900.0
 

@@ -3,8 +3,8 @@
 transformers keeps the texts of a packed row apart by a mask of T x T, and torch's fused kernel then computes the whole
 square, of which eight equal texts need a sixteenth. On CPUs torch has no kernel for texts of several lengths
 (``torch.nn.attention.varlen`` is CUDA's; flex attention has no backward pass there), so its causal kernel is called for
-each text by itself, as FlashAttention's varlen interface does in one call
-(https://github.com/Dao-AILab/flash-attention). On other devices the mask stays.
+each text by itself, as FlashAttention (arXiv 2307.08691) does in one call of its ``flash_attn_varlen_func``. On other
+devices the mask stays.
 
 Shapes: B rows, T tokens, H heads, Q the size of one. Where texts begin is read from the positions, (B, T), as
 transformers does: wherever one does not follow the one before it.
@@ -97,9 +97,8 @@ def _attention(
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it; (B, T, H, Q)."""
-    whole = (
-        attention_mask is None and query.shape[2] == key.shape[2]
-    )  # nor has a token a mask that goes on from a cache
+    # A token that goes on from a cache has no mask either.
+    whole = attention_mask is None and query.shape[2] == key.shape[2]
     usual = query.device.type != "cpu" or query.shape[3] != value.shape[3]
     if not whole or usual or position_ids is None or position_ids.ndim != 2:
         rest.update(scaling=scaling, position_ids=position_ids)
@@ -134,12 +133,17 @@ def _by_token(like: Tensor) -> Tensor:
     return like.new_empty(rows, tokens, heads, size).transpose(1, 2)
 
 
+def _room(query: Tensor) -> tuple[Tensor, Tensor]:
+    """For the result, (B, H, T, Q), and the logarithm of each token's sum of exponentials, (B, H, T)."""
+    sums = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    return _by_token(query), sums
+
+
 # Operators of their own, so that torch.compile takes them as they are: how a row is cut would else be compiled into it.
 @torch.library.custom_op("distft::segment_attention", mutates_args=())
 def _forward(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The result, (B, H, T, Q), and the logarithm of each token's sum of exponentials, (B, H, T)."""
-    found = _by_token(query)
-    sums = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    """What there is room for in :func:`_room`."""
+    found, sums = _room(query)
     for rows, tokens in _texts(positions):
         part = (each[rows, :, tokens] for each in (query, key, value))
         found[rows, :, tokens], sums[rows, :, tokens] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -150,8 +154,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale
 
 @_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    sums = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-    return _by_token(query), sums
+    return _room(query)
 
 
 @torch.library.custom_op("distft::segment_attention_backward", mutates_args=())

@@ -6,8 +6,8 @@ square, of which eight equal texts need a sixteenth. On CPUs torch has no kernel
 each text by itself, as FlashAttention (arXiv 2307.08691) does in one call of its ``flash_attn_varlen_func``. On other
 devices the mask stays.
 
-Shapes: B rows, T tokens, H heads, Q the size of one. Where texts begin is read from the positions, (B, T), as
-transformers does: wherever one does not follow the one before it.
+Shapes: B rows, T tokens, H heads, K heads of keys and values, Q the size of one. Where texts begin is read from the
+positions, (B, T), as transformers does: wherever one does not follow the one before it.
 """
 
 from __future__ import annotations
@@ -104,8 +104,6 @@ def _attention(
         rest.update(scaling=scaling, position_ids=position_ids)
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
         return found
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     states, _ = _forward(query, key, value, position_ids.expand(len(query), -1), scale)
     return states.transpose(1, 2), None
@@ -142,10 +140,11 @@ def _room(query: Tensor) -> tuple[Tensor, Tensor]:
 # Operators of their own, so that torch.compile takes them as they are: how a row is cut would else be compiled into it.
 @torch.library.custom_op("distft::segment_attention", mutates_args=())
 def _forward(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What there is room for in :func:`_room`."""
+    """What there is room for in :func:`_room`; keys and values, (B, K, T, Q), are repeated for a text at a time."""
     found, sums = _room(query)
+    groups = query.shape[1] // key.shape[1]
     for rows, tokens in _texts(positions):
-        part = (each[rows, :, tokens] for each in (query, key, value))
+        part = query[rows, :, tokens], *(repeat_kv(each[rows, :, tokens], groups) for each in (key, value))
         found[rows, :, tokens], sums[rows, :, tokens] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *part, 0.0, True, scale=scale
         )
@@ -170,13 +169,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by query, key and value."""
     gradients = _by_token(query), _by_token(key), _by_token(value)
+    groups = query.shape[1] // key.shape[1]
     for rows, tokens in _texts(positions):
         part = [each[rows, :, tokens] for each in (gradient, query, key, value, found, sums)]
+        part[2:4] = (repeat_kv(each, groups) for each in part[2:4])
         if part[0].shape[2] <= SHORT:
             part = [each.to(sums.dtype) for each in part]
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*part, 0.0, True, scale=scale)
         for whole, one in zip(gradients, parts, strict=True):
-            whole[rows, :, tokens] = one
+            whole[rows, :, tokens] = one.unflatten(1, (whole.shape[1], -1)).sum(dim=2)
     return gradients
 
 

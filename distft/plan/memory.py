@@ -229,15 +229,17 @@ def activation_bytes(shape: Shape, setup: Setup) -> int:
 
 
 def _layer_bytes(shape: Shape, setup: Setup) -> int:
-    """Of one layer: two norms, queries, keys, values (each as wide as the queries), what attention gives, the MLP.
+    """Of one layer: two norms, queries, keys, values, what attention gives, the MLP.
 
+    Keys and values are repeated to be as wide as the queries; on a CPU for a text at a time, and are kept as they were.
     A norm keeps its input and its normalised input in fp32 or cast back, and its output, which the matrices keep.
     """
     s, attention = setup.bytes, shape.heads * shape.head_size
+    keys = shape.kv_heads * shape.head_size if setup.device_type == "cpu" else attention
     norms = 2 * (4 + 2 * s) * shape.hidden
     wide = (4 if shape.gated else 2) * shape.intermediate * shape.experts_used
     mask = s * setup.row_tokens if setup.packed and setup.device_type != "cpu" else 0
-    return round(setup.pass_tokens * (norms + 4 * s * attention + s * wide + mask))
+    return round(setup.pass_tokens * (norms + 2 * s * (attention + keys) + s * wide + mask))
 
 
 def loss_bytes(shape: Shape, trained: int, setup: Setup) -> int:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from distft.data.order import Order, sample_digest
 from distft.data.store import Rows
 from distft.engine import Engine
+from distft.engine.memory import give_back_free_memory
 from distft.errors import NonFiniteLoss
 from distft.model import Batch
 from distft.plan.batch import BatchPlan
@@ -102,6 +103,7 @@ def fit(training: Training, progress: Progress) -> tuple[Progress, Stop | None]:
         DistftError: The last checkpoint cannot be written.
     """
     total, reporter, saving = training.order.steps, training.reporter, training.saving
+    first = progress.step + 1
     orders = _within_turn(training, progress, NO_ORDERS)
     while progress.step < total and orders.stop is None and not _out_of_patience(training, progress):
         try:
@@ -111,6 +113,8 @@ def fit(training: Training, progress: Progress) -> tuple[Progress, Stop | None]:
             continue
         reporter.train(record)
         progress = replace(progress, step=record["step"])
+        if progress.step == first:
+            give_back_free_memory()
         last = progress.step == total
         if len(training.validation) and (last or training.validates(progress.step)):
             progress = progress.validated(validate(training, progress.step))

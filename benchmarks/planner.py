@@ -1,10 +1,10 @@
 """The planner's error: short real trainings beside what was predicted of them.
 
 ``python -m benchmarks.planner`` trains SmolLM2-135M, and a small model of its kind, for a few steps in each
-configuration, under torchrun on this machine, and reads each run's ``plan.json``. The error is told as predicted from
-formulas and data sheets alone, and as predicted after the other configurations were run (each is left out of its own
-correction). A machine that others share is not as fast at one time as at another: before and after each run a plain
-loop is timed in as many processes, and the seconds of a step are told also as they would be at the loop's usual pace.
+configuration, under torchrun on this machine, and reads each run's ``plan.json``; then all of them once more. The error
+is told as predicted from formulas and data sheets alone; as corrected by the other configurations (each is left out of
+its own correction): what a user gets who never ran such a job here; and in the second round as corrected by the first,
+where the same configuration was run: what a user gets from then on.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +80,9 @@ CONFIGURATIONS = (
 )
 
 
+Errors = dict[str, float]
+
+
 def make_small(to: Path) -> Path:
     """A model of SmolLM2's kind with 19 M parameters and its tokenizer; wide enough for arithmetic to count."""
     job = Job.load(JOB, [])
@@ -93,60 +93,6 @@ def make_small(to: Path) -> Path:
     config.update({"num_key_value_heads": 2, "head_dim": 64})
     AutoModelForCausalLM.from_config(config).save_pretrained(to)
     return to
-
-
-LOOP = """
-import sys, time, torch
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-rows = torch.arange(256).reshape(1, 256)
-for _ in sys.stdin:
-    passes, began = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - began) < 5:
-        model(input_ids=rows, labels=rows).loss.backward()
-        passes += 1
-    print(passes / seconds, flush=True)
-"""
-
-
-class Pacers:
-    """Processes that tell how fast this machine is just now, by passes of a small model with a thread each.
-
-    Args:
-        model: The model's folder.
-        most: How many there are.
-    """
-
-    def __init__(self, model: Path, most: int) -> None:
-        command = [sys.executable, "-c", LOOP, str(model)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._processes = [subprocess.Popen(command, text=True, **pipes) for _ in range(most)]
-        self.pace(most)  # the first passes are slower
-
-    def pace(self, workers: int) -> float:
-        """Passes a second of the slowest of some that compute at once, for which a step would wait."""
-        asked = self._processes[:workers]
-        for process in asked:
-            print(file=process.stdin, flush=True)
-        return min(float(process.stdout.readline()) for process in asked if process.stdout)
-
-    @classmethod
-    @contextmanager
-    def running(cls, model: Path, most: int) -> Iterator[Pacers]:
-        """Some, until the end."""
-        pacers = cls(model, most)
-        try:
-            yield pacers
-        finally:
-            for process in pacers._processes:
-                process.communicate()
-
-
-def usual(paces: Sequence[float], workers: Sequence[int]) -> list[float]:
-    """Each run's pace, over the median of those of runs with as many workers."""
-    by = {many: statistics.median(p for p, w in zip(paces, workers, strict=True) if w == many) for many in set(workers)}
-    return [pace / by[many] for pace, many in zip(paces, workers, strict=True)]
 
 
 def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dict[str, Any]:
@@ -171,7 +117,7 @@ def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dic
     return found
 
 
-def observation(plan: dict[str, Any]) -> Observation:
+def observation(plan: dict[str, Any], kind: str) -> Observation:
     """What a run teaches: predictions without correction, beside the measurements."""
     predicted, measured = plan["predicted"], plan["measured"]
     parts = predicted["memory"][predicted["peak_moment"]]
@@ -181,73 +127,72 @@ def observation(plan: dict[str, Any]) -> Observation:
         measured["peak_memory_bytes"] - process,
         sum(seconds[part] for part in ("compute", "handling", "update", "waiting")),
         measured["step_seconds"],
+        kind,
     )
 
 
-def errors(seen: Sequence[Observation], plans: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Of each run, of memory and of seconds: as predicted, and corrected by the others; predicted / measured - 1."""
-    told = []
-    for place, (one, plan) in enumerate(zip(seen, plans, strict=True)):
-        learnt = correction([other for number, other in enumerate(seen) if number != place])
-        process = plan["predicted"]["memory"][plan["predicted"]["peak_moment"]]["process"]
-        whole = process + one.measured_bytes
+def error(one: Observation, process: float, by: Correction, suffix: str) -> dict[str, float]:
+    """Of a run's memory and seconds, predicted over measured less one."""
+    return {
+        f"memory{suffix}": by.bytes(process + one.predicted_bytes, process) / (process + one.measured_bytes) - 1,
+        f"seconds{suffix}": one.predicted_seconds * by.seconds / one.measured_seconds - 1,
+    }
 
-        def memory(by: Correction, one: Observation = one, process: float = process, whole: float = whole) -> float:
-            return by.bytes(process + one.predicted_bytes, process) / whole - 1
 
-        told.append(
-            {
-                "memory": memory(Correction()),
-                "memory_corrected": memory(learnt),
-                "seconds": one.predicted_seconds / one.measured_seconds - 1,
-                "seconds_corrected": one.predicted_seconds * learnt.seconds / one.measured_seconds - 1,
-            }
+def errors(seen: Sequence[Observation], processes: Sequence[float], before: Sequence[Observation]) -> list[Errors]:
+    """Of each run of a round: as predicted, corrected by the others of its round, and by the rounds before."""
+    found = []
+    for one, process in zip(seen, processes, strict=True):
+        others = [other for other in seen if other.kind != one.kind]
+        of_it = error(one, process, Correction(), "") | error(one, process, correction(others, one.kind), "_by_others")
+        if before:
+            of_it |= error(one, process, correction(before, one.kind), "_by_rounds_before")
+        found.append(of_it)
+    return found
+
+
+def told(
+    chosen: Sequence[Configuration], plans: Sequence[dict[str, Any]], before: Sequence[Observation]
+) -> list[dict[str, Any]]:
+    """A round's results."""
+    seen = [observation(plan, one.name) for one, plan in zip(chosen, plans, strict=True)]
+    moments = [plan["predicted"]["peak_moment"] for plan in plans]
+    processes = [plan["predicted"]["memory"][moment]["process"] for plan, moment in zip(plans, moments, strict=True)]
+    return [
+        {**asdict(one), "moment": moment, "process": process, "observation": asdict(what), "error": found}
+        for one, moment, process, what, found in zip(
+            chosen, moments, processes, seen, errors(seen, processes, before), strict=True
         )
-    return told
+    ]
 
 
 def main() -> None:
-    """Runs every configuration and writes the errors."""
+    """Runs every configuration in each round and writes the errors."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4, help="of a run; the first is not timed")
+    parser.add_argument("--steps", type=int, default=6, help="of a run; the first is not timed")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="names of configurations; all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "baselines" / "planner.json")
     arguments = parser.parse_args()
     chosen = [one for one in CONFIGURATIONS if not arguments.only or one.name in arguments.only]
-    plans, paces = [], []
+    rounds: list[list[dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as temporary:
         small = make_small(Path(temporary) / "small")
-        with Pacers.running(small, max(one.workers for one in chosen)) as pacers:
+        for _ in range(arguments.rounds):
+            plans = []
             for one in chosen:
-                before = pacers.pace(one.workers)
-                model = None if one.model == REAL else small
-                plans.append(train(one, model, arguments.steps, Path(temporary) / "runs"))
-                paces.append((before + pacers.pace(one.workers)) / 2)
-                print(one.name, json.dumps(plans[-1]["error"]), f"pace {paces[-1]:.2f}", flush=True)
-    seen = [observation(plan) for plan in plans]
-    speeds = usual(paces, [one.workers for one in chosen])
-    evenly = [replace(one, measured_seconds=one.measured_seconds * by) for one, by in zip(seen, speeds, strict=True)]
-    found = [
-        {**raw, **{f"{name}_at_usual_pace": paced[name] for name in ("seconds", "seconds_corrected")}}
-        for raw, paced in zip(errors(seen, plans), errors(evenly, plans), strict=True)
-    ]
-    worst = {name: max((abs(one[name]) for one in found), default=0.0) for name in found[0]}
-    results = [
-        {
-            **asdict(one),
-            "observation": asdict(what),
-            "pace": pace,
-            "error": error,
-            "moment": plan["predicted"]["peak_moment"],
-        }
-        for one, what, pace, error, plan in zip(chosen, seen, paces, found, plans, strict=True)
-    ]
-    document = {"provenance": provenance(), "worst": worst, "results": results}
-    arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    for one, error in zip(chosen, found, strict=True):
-        figures = "  ".join(f"{name} {value:+.1%}" for name, value in error.items())
-        print(f"{one.name:36s} {figures}")
-    print("worst", json.dumps({name: round(value, 3) for name, value in worst.items()}))
+                plans.append(
+                    train(one, None if one.model == REAL else small, arguments.steps, Path(temporary) / "runs")
+                )
+                print(one.name, json.dumps(plans[-1]["error"]), flush=True)
+            before = [Observation(**result["observation"]) for results in rounds for result in results]
+            rounds.append(told(chosen, plans, before))
+            document = {"provenance": provenance(), "steps": arguments.steps, "rounds": rounds}
+            arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    for results in rounds:
+        for result in results:
+            figures = "  ".join(f"{name} {value:+.1%}" for name, value in result["error"].items())
+            print(f"{result['observation']['kind']:36s} {figures}")
 
 
 if __name__ == "__main__":

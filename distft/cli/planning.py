@@ -48,6 +48,7 @@ def plan(
 ) -> None:
     """What the job needs: memory by part, seconds, hours and money, for each ZeRO stage; what cannot fit is refused."""
     from distft.model.shape import read_shape
+    from distft.plan import calibration
     from distft.plan.choices import choose
     from distft.plan.devices import known, named
     from distft.plan.estimate import first_setup, whole_plan
@@ -78,7 +79,6 @@ def plan(
         if as_json:
             print_json({**facts, "fits": False, "reason": refused.what, "fix": refused.fix, "plans": []})
         raise
-    correction, runs = _learnt(hardware, choices.dtype.value)
     links = _links(hardware) if device is None and machines > 1 else None
     made = whole_plan(
         loaded,
@@ -86,7 +86,7 @@ def plan(
         first_setup(loaded, hardware, choices, machines),
         _rates(hardware, listed, choices.dtype.value).over(links),
         Room.of(hardware, per_node),
-        correction=correction,
+        seen=calibration.read(calibration.calibration_path(), calibration.key_of(hardware, choices.dtype.value)),
         workload=workload,
         price=price,
     )
@@ -96,7 +96,7 @@ def plan(
         "steps": workload.steps,
         "tokens": workload.tokens,
         "tokens_from": workload.source,
-        "calibrated_by_runs": runs,
+        "calibrated_by_runs": next(one for one in made if one.chosen).correction.runs,
         "checkpoint_budget_bytes": loaded.checkpoint.budget_bytes,
         "network": None if links is None else asdict(links),
         "plans": [one.as_json() for one in made],
@@ -112,16 +112,6 @@ def _most_workers(job: Job) -> int:
 
     asked = job.cluster.workers
     return asked.max if isinstance(asked, Bounds) else asked
-
-
-def _learnt(hardware: Hardware, dtype: str) -> Any:
-    """The correction that runs on such devices taught, and how many they were."""
-    from distft.plan import calibration
-
-    found = calibration.correction(
-        calibration.read(calibration.calibration_path(), calibration.key_of(hardware, dtype))
-    )
-    return found, found.runs
 
 
 def _links(hardware: Hardware) -> Links | None:

@@ -1,6 +1,7 @@
 """What a cluster has taught: predictions beside measurements of its own runs, in a small file in its cache.
 
 What is decided before a run never depends on it, so that a decision comes out the same again; what is predicted does.
+Where runs of the same model and setup were measured, they alone tell; where none was, all do.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from distft.plan.hardware import Hardware, processor
+from distft.plan.setup import Setup
 from distft.runs import read_json, write_json
 from distft.world import cache_folder
 
 #: Runs that are remembered of a kind of device: the newest.
-KEPT = 20
+KEPT = 100
 
 #: Counted up when predictions of the same run change, so that what was learnt of the old ones is left.
-FORMULAS = 3
+FORMULAS = 4
 
 #: A run of a model that takes fewer bytes is not remembered: its memory is its process, its time that of starting
 #: operations, and neither tells anything of models that are worth planning for.
@@ -36,12 +38,14 @@ class Observation:
         measured_bytes: The same, measured.
         predicted_seconds: Of a step.
         measured_seconds: Its median.
+        kind: See :func:`kind_of`.
     """
 
     predicted_bytes: float
     measured_bytes: float
     predicted_seconds: float
     measured_seconds: float
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,20 @@ class Correction:
         return process + self.memory * (predicted - process)
 
 
-def correction(seen: Sequence[Observation]) -> Correction:
-    """The medians of measured over predicted, which single odd runs do not move."""
-    if not seen:
+def kind_of(trained: int, parameters: int, setup: Setup) -> str:
+    """What runs have in common that are alike: the model's size, and all of the setup but what the texts are like."""
+    facts = {"parameters": parameters, "trained": trained, **asdict(setup)}
+    return " ".join(f"{name}={fact}" for name, fact in facts.items() if name not in ("attended_tokens", "fill"))
+
+
+def correction(seen: Sequence[Observation], kind: str) -> Correction:
+    """The medians of measured over predicted, which single odd runs do not move: of runs of this kind, else of all."""
+    told = [one for one in seen if one.kind == kind] or seen
+    if not told:
         return Correction()
-    memory = statistics.median(one.measured_bytes / one.predicted_bytes for one in seen)
-    seconds = statistics.median(one.measured_seconds / one.predicted_seconds for one in seen)
-    return Correction(memory, seconds, len(seen))
+    memory = statistics.median(one.measured_bytes / one.predicted_bytes for one in told)
+    seconds = statistics.median(one.measured_seconds / one.predicted_seconds for one in told)
+    return Correction(memory, seconds, len(told))
 
 
 def key_of(hardware: Hardware, dtype: str) -> str:

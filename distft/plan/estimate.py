@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from distft.config import Job
-from distft.plan.calibration import Correction
+from distft.plan.calibration import Correction, Observation, correction, kind_of
 from distft.plan.choices import Choices
 from distft.plan.fit import Room, Subject, Way, setup_of, smallest, ways
 from distft.plan.hardware import Hardware
@@ -134,12 +135,13 @@ class Estimate:
 
 
 def estimate(
-    subject: Subject, way: Way, rates: Rates, room: Room | None, correction: Correction, workload: Workload
+    subject: Subject, way: Way, rates: Rates, room: Room | None, seen: Sequence[Observation], workload: Workload
 ) -> Estimate:
-    """What comes of one way."""
+    """What comes of one way, after what this cluster's runs taught."""
     time = step_time(subject.shape, subject.trained, way.setup, rates)
     fits = room is None or room.holds(way.memory)
-    return Estimate(way, time, correction, fits, False, workload, None)
+    learnt = correction(seen, kind_of(subject.trained, subject.shape.parameters, way.setup))
+    return Estimate(way, time, learnt, fits, False, workload, None)
 
 
 def first_setup(job: Job, hardware: Hardware, choices: Choices, nodes: int) -> Setup:
@@ -153,7 +155,7 @@ def first_setup(job: Job, hardware: Hardware, choices: Choices, nodes: int) -> S
         workers=choices.batch.world_size,
         nodes=nodes,
     )
-    return replace(setup, checkpointing=choices.activation_checkpointing.value)
+    return replace(setup, checkpointing=choices.activation_checkpointing.value, compiled=choices.compile.value)
 
 
 def alternatives(job: Job, subject: Subject, chosen: Setup, room: Room | None) -> list[Way]:
@@ -185,7 +187,7 @@ def whole_plan(
     rates: Rates,
     room: Room | None,
     *,
-    correction: Correction,
+    seen: Sequence[Observation],
     workload: Workload,
     price: float | None = None,
 ) -> list[Estimate]:
@@ -193,7 +195,7 @@ def whole_plan(
     made = []
     for way in alternatives(job, subject, chosen, room):
         filled = Way(replace(way.setup, fill=workload.fill), way.memory)
-        one = estimate(subject, filled, rates, room, correction, workload)
+        one = estimate(subject, filled, rates, room, seen, workload)
         is_chosen = way.setup == chosen
         made.append(replace(one, chosen=is_chosen, fits=one.fits or is_chosen, price=price))
     return made

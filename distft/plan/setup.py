@@ -27,6 +27,7 @@ class Setup:
         packed: Whether rows hold several segments, which on a GPU a mask keeps apart.
         quantised: Whether frozen matrices are in four bits (QLoRA).
         fill: The share of a row's tokens that is no padding.
+        compiled: Whether layers are compiled.
     """
 
     device_type: str
@@ -43,6 +44,7 @@ class Setup:
     packed: bool
     quantised: bool = False
     fill: float = 1.0
+    compiled: bool = False
 
     @property
     def bytes(self) -> int:

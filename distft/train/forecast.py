@@ -81,14 +81,14 @@ def forecast(
     setup = first_setup(job, hardware, choices, -(-world.size // world.local_size))
     setup = replace(setup, attended_tokens=round(attended_tokens), fill=fill)
     key = calibration.key_of(hardware, choices.dtype.value)
-    learnt = calibration.correction(calibration.read(calibration.calibration_path(), key))
+    seen = calibration.read(calibration.calibration_path(), key)
     device = known(hardware.name) if hardware.device_type == "cuda" else None
     rates = Rates.of_cpu(peak_flops) if device is None else Rates.of(device, choices.dtype.value)
     if setup.nodes == 1 or (hardware.device_type == "cuda" and has_rdma()):
         links = None
     way = Way(setup, memory(subject.shape, subject.trained, setup, process_bytes + IMPORTED_LATER))
     return Forecast(
-        estimate(subject, way, rates.over(links), None, learnt, Workload.of(job, None, None)), subject, key, links
+        estimate(subject, way, rates.over(links), None, seen, Workload.of(job, None, None)), subject, key, links
     )
 
 
@@ -115,9 +115,10 @@ def settle(run: Run, made: Forecast, path: Path | None = None) -> None:
     seconds = made.estimate.time.seconds, measured["step_seconds"]
     need = made.estimate.way.memory
     process = need.parts.get("process", 0)
+    kind = calibration.kind_of(made.subject.trained, made.subject.shape.parameters, setup)
     peaks = need.device_bytes - process, max(0.0, measured["peak_memory_bytes"] - process)
     try:
-        calibration.remember(path or calibration.calibration_path(), made.key, Observation(*peaks, *seconds))
+        calibration.remember(path or calibration.calibration_path(), made.key, Observation(*peaks, *seconds, kind))
     except OSError as error:  # a cache that cannot be written costs the next plan its precision, not this run
         logger.warning("the calibration cannot be written: %s", error)
 

@@ -14,7 +14,7 @@ from distft.config import Job
 from distft.errors import CapacityError, JobError
 from distft.model.shape import Shape, llama_tensors, of_config
 from distft.plan import calibration
-from distft.plan.calibration import Correction, Observation
+from distft.plan.calibration import Correction, Observation, kind_of
 from distft.plan.choices import choose
 from distft.plan.devices import DEVICES, known, named
 from distft.plan.estimate import Workload, first_setup, whole_plan
@@ -75,6 +75,15 @@ def test_activations_grow_with_tokens_and_shrink_by_recomputing() -> None:
     plain = need().moments["forward pass"]["activations"]
     assert need(micro_batch_size=4).moments["forward pass"]["activations"] == 2 * plain
     assert need(checkpointing=True).moments["forward pass"]["activations"] < plain / 10
+
+
+def test_compiled_layers_and_unrepeated_keys_take_less() -> None:
+    def kept(**changes: object) -> float:
+        """Bytes of a token and layer."""
+        return need(**changes).moments["forward pass"]["activations"] / (32 * SETUP.pass_tokens)
+
+    assert kept() - kept(compiled=True) == 2 * 4 * 4096 + 2 * 14336
+    assert kept() - kept(device_type="cpu") == 2 * 2 * (32 - 8) * 128
 
 
 def test_a_head_that_is_more_than_a_product_keeps_all_logits() -> None:
@@ -245,7 +254,7 @@ def test_the_whole_plan_marks_what_is_chosen_and_what_does_not_fit(tmp_path: Pat
         first_setup(job(tmp_path), h100, choices, 1),
         Rates.of(named("H100")),
         Room.of(h100, 8),
-        correction=Correction(),
+        seen=(),
         workload=Workload.of(job(tmp_path), 3200, 3200 * 4096),
         price=2.0,
     )
@@ -266,31 +275,47 @@ def test_work_is_known_from_prepared_data_or_from_the_job(tmp_path: Path) -> Non
     assert Workload.of(job(tmp_path, train={"steps": 7, "batch_size": 2}), None, None).tokens == 7 * 2 * 4096
 
 
+def observed(memory: float, seconds: float = 3.0, kind: str = "one kind", predicted: float = 1e9) -> Observation:
+    return Observation(predicted, memory, 2.0, seconds, kind)
+
+
 def test_runs_correct_the_next_prediction(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     for measured in (1.1e9, 1.2e9, 9e9):
-        calibration.remember(path, "CPU, bf16", Observation(1e9, measured, 2.0, 3.0))
-    learnt = calibration.correction(calibration.read(path, "CPU, bf16"))
+        calibration.remember(path, "CPU, bf16", observed(measured))
+    learnt = calibration.correction(calibration.read(path, "CPU, bf16"), "another kind")
     assert learnt == Correction(1.2, 1.5, 3)
     assert learnt.bytes(2.5e9, process=0.5e9) == pytest.approx(0.5e9 + 1.2 * 2e9)
     assert calibration.read(path, "another, bf16") == []
     path.write_text("[not json")
     assert calibration.read(path, "CPU, bf16") == []
-    calibration.remember(path, "CPU, bf16", Observation(1e9, 1e9, 2.0, 3.0))
+    calibration.remember(path, "CPU, bf16", observed(1e9))
     assert len(calibration.read(path, "CPU, bf16")) == 1
+
+
+def test_runs_of_the_same_kind_tell_more_than_all_others(tmp_path: Path) -> None:
+    h100 = Hardware.of(named("H100"))
+    setup = first_setup(job(tmp_path), h100, choose(job(tmp_path), 8, h100, shape=LLAMA_8B, workers_per_node=8), 1)
+    same = kind_of(5, LLAMA_8B.parameters, setup)
+    seen = [observed(1.1e9), observed(1.1e9), observed(0.9e9, 8.0, same), observed(1.1e9)]
+    assert calibration.correction(seen, same) == Correction(0.9, 4.0, 1)
+    # Other texts, which fill rows otherwise, are no other kind.
+    assert kind_of(5, LLAMA_8B.parameters, replace(setup, attended_tokens=7, fill=0.5)) == same
+    others = [replace(setup, stage=setup.stage - 1), replace(setup, compiled=True), replace(setup, micro_batch_size=9)]
+    assert same not in [kind_of(5, LLAMA_8B.parameters, one) for one in others] + [kind_of(4, 5, setup)]
 
 
 def test_small_models_teach_nothing(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    calibration.remember(path, "CPU", Observation(1e6, 9e6, 1.0, 2.0))
+    calibration.remember(path, "CPU", observed(9e6, predicted=1e6))
     assert not path.exists()
-    assert calibration.correction([]) == Correction()
+    assert calibration.correction([], "any kind") == Correction()
 
 
 def test_only_the_newest_runs_are_remembered(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     for number in range(calibration.KEPT + 5):
-        calibration.remember(path, "CPU", Observation(1e9, 1e9, 1.0, float(number)))
+        calibration.remember(path, "CPU", observed(1e9, float(number)))
     kept = calibration.read(path, "CPU")
     assert [one.measured_seconds for one in kept] == [float(n) for n in range(5, calibration.KEPT + 5)]
 

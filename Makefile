@@ -36,8 +36,8 @@ lint: setup
 # where the first fail.
 test: lint
 	@status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 tests/unit || status=1; \
-	$(BIN)/pytest -m "not slow" --ignore tests/unit || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --durations 5 -n 2 tests/unit || status=1; \
+	$(BIN)/pytest -m "not slow" --durations 25 --ignore tests/unit || status=1; \
 	exit $$status
 
 # The long proofs, hours of them, or some: `make slow TESTS=tests/integration/test_hosts.py`. What they said is kept in

@@ -233,8 +233,8 @@ def _layer_bytes(shape: Shape, setup: Setup) -> int:
 
     Keys and values are repeated to be as wide as the queries; on a CPU for a text at a time, and are kept as they were.
     A norm keeps its input and its normalised input in fp32 or cast back, and its output, which the matrices keep.
-    Compiled, a norm keeps what goes in and comes out, and the MLP one of its four less: 7.6 of the 7.5 KB a token and
-    layer that were measured of SmolLM2-135M in bf16.
+    Compiled, a norm keeps what goes in and comes out, and the MLP one of its four less: 7.7 KB a token and layer of
+    SmolLM2-135M in bf16, of which 7.5 were measured.
     """
     s, attention = setup.bytes, shape.heads * shape.head_size
     keys = shape.kv_heads * shape.head_size if setup.device_type == "cpu" else attention

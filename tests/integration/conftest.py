@@ -34,7 +34,7 @@ class Home:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         command = [*self.on, sys.executable, "-m", "distft", *words]
-        if words[0] in ("run", "train", "search", "prepare"):
+        if words[0] in ("run", "train", "search", "prepare", "chaos"):
             command += ["--set", f"cluster.address={self.address}"]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment, cwd=self.folder

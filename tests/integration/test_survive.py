@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import psutil
 import pytest
 
 from distft.orchestrate.cluster import MARKET
+from distft.orchestrate.proof.disturbance import Kind, plan
 from distft.orchestrate.train.places import Place, read_places
 from distft.runs import Run, read_json, read_lines, training_curve
 from tests.distributed import tiny
@@ -241,6 +243,23 @@ def test_a_killed_rank(tiny_home: Home, cluster: Cluster, draw: random.Random) -
     heard = read_json(survivor.run.environment)  # of the nodes, before the start
     assert (len(heard["nodes"]), len(heard["network"])) == (2, 2)
     check_curve(tiny_home, survivor, stage, exact=True)
+
+
+def test_chaos_kills_a_worker_and_tells_what_it_cost(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    stage = stage_of(draw)
+    kinds: list[Kind] = ["worker", "driver", "flip"]  # what is left on a cluster that was not started for it
+    seed = next(n for n in itertools.count() if plan(n, 1, STEPS, kinds, 20)[0].kind == "worker")
+    cluster.resize(2)
+    words = ["--kills", "1", "--seed", str(seed), "--name", "chaos", "--set", f"zero.stage={stage}"]
+    refused = tiny_home.distft("chaos", "tiny.yaml", *words, status=2)[1]
+    assert "a cluster that was not started for this" in refused
+    told = json.loads(tiny_home.distft("chaos", "tiny.yaml", *words, "--yes", "--json")[0])
+    assert told["survived"], told
+    assert [one["kind"] for one in told["struck"]] == ["worker"]
+    assert told["struck"][0]["seconds"] > 0
+    assert [what.partition(":")[0] for what in told["left_out"]] == ["node", "disk"]
+    curve = training_curve(Run(tiny_home.folder / "runs" / "chaos").metrics)
+    assert [line["loss"] for line in curve] == [line["loss"] for line in reference(tiny_home, stage)]
 
 
 @pytest.mark.slow

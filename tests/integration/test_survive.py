@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import random
@@ -126,22 +125,40 @@ def no_driver_left() -> Iterator[None]:
             process.communicate()
 
 
-class Survivor:
-    """A run that is going on, and what is done to it."""
+class Trail:
+    """What a run has written by now."""
 
-    processes: ClassVar[list[subprocess.Popen[str]]] = []
-
-    def __init__(self, home: Home, name: str, *settings: str, resume: bool = False) -> None:
-        self.run = Run(home.folder / "runs" / name)
-        words = ["--resume"] if resume else []
-        words += [word for setting in settings for word in ("--set", setting)]
-        self.process = home.start("train", "tiny.yaml", "--name", name, *words)
-        self.processes.append(self.process)
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     @property
     def step(self) -> int:
         steps = [line["step"] for line in read_lines(self.run.metrics) if line["kind"] == "train"]
         return steps[-1] if steps else 0
+
+    def events(self) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.run.metrics) if line["kind"] == "event"]
+
+    def named(self, name: str) -> list[str]:
+        return [one["reason"] for one in self.events() if one["event"] == name]
+
+    def places(self) -> list[Place]:
+        """Where the ranks are that run now."""
+        newest = max(read_json(path)["attempt"] for path in self.run.logs.glob("rank-*.json"))
+        return read_places(self.run, newest)
+
+
+class Survivor(Trail):
+    """A run that is going on, and what is done to it."""
+
+    processes: ClassVar[list[subprocess.Popen[str]]] = []
+
+    def __init__(self, home: Home, name: str, *settings: str, resume: bool = False) -> None:
+        super().__init__(Run(home.folder / "runs" / name))
+        words = ["--resume"] if resume else []
+        words += [word for setting in settings for word in ("--set", setting)]
+        self.process = home.start("train", "tiny.yaml", "--name", name, *words)
+        self.processes.append(self.process)
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
@@ -155,17 +172,6 @@ class Survivor:
 
     def wait_for_event(self, name: str, seconds: float = 600) -> None:
         self.wait(lambda: name in [one["event"] for one in self.events()], name, seconds)
-
-    def events(self) -> list[dict[str, Any]]:
-        return [line for line in read_lines(self.run.metrics) if line["kind"] == "event"]
-
-    def named(self, name: str) -> list[str]:
-        return [one["reason"] for one in self.events() if one["event"] == name]
-
-    def places(self) -> list[Place]:
-        """Where the ranks are that run now."""
-        newest = max(read_json(path)["attempt"] for path in self.run.logs.glob("rank-*.json"))
-        return read_places(self.run, newest)
 
     def grow(self, cluster: Cluster, nodes: int) -> None:
         """Adds nodes; the only rank stands still until they are seen, since the tiny model would be done before."""
@@ -195,7 +201,7 @@ def reference(home: Home, stage: int) -> list[dict[str, Any]]:
     return training_curve(run.metrics)
 
 
-def check_curve(home: Home, survivor: Survivor, stage: int, *, exact: bool) -> None:
+def check_curve(home: Home, survivor: Trail, stage: int, *, exact: bool) -> None:
     """Each step stands once, of the same rows, with the same loss as in the run that nobody touched."""
     expected, curve = reference(home, stage), training_curve(survivor.run.metrics)
     assert [line["step"] for line in curve] == list(range(1, STEPS + 1))
@@ -211,7 +217,7 @@ def check_curve(home: Home, survivor: Survivor, stage: int, *, exact: bool) -> N
     assert audited["losses_checked"] == STEPS
 
 
-def seconds_to_go_on(survivor: Survivor, since: float) -> float:
+def seconds_to_go_on(survivor: Trail, since: float) -> float:
     """From a moment to the end of the first step that was made by workers started after it."""
     lines = list(read_lines(survivor.run.metrics))
     begun = next(n for n, line in enumerate(lines) if line["time"] > since and "workers" in line)
@@ -227,15 +233,27 @@ def stage_of(draw: random.Random) -> int:
 
 
 def test_a_killed_rank(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
-    stage, step, rank = stage_of(draw), draw.randrange(25, 150), draw.randrange(2)
-    print(f"SIGKILL of rank {rank} after step {step}")
+    """By ``distft chaos``, which tells what it cost."""
+    stage = stage_of(draw)
+    kinds: list[Kind] = ["worker", "driver", "flip"]  # what is left on a cluster that was not started for it
+    seed = next(
+        seed
+        for seed in iter(lambda: draw.randrange(1 << 31), None)
+        for fault in plan(seed, 1, STEPS, kinds, 20)
+        if fault.kind == "worker" and 25 <= fault.step < 150
+    )
     cluster.resize(2)
-    survivor = Survivor(tiny_home, "killed", f"zero.stage={stage}", "cluster.max_failures=1")
-    survivor.wait_for_step(step)
-    os.kill(survivor.places()[rank].pid, signal.SIGKILL)
-    killed = time.time()
-    survivor.end()
-    print(f"on again after {seconds_to_go_on(survivor, killed):.1f} s")
+    words = ["--kills", "1", "--seed", str(seed), "--name", "killed", "--set", f"zero.stage={stage}"]
+    refused = tiny_home.distft("chaos", "tiny.yaml", *words, status=2)[1]
+    assert "a cluster that was not started for this" in refused
+    told = json.loads(tiny_home.distft("chaos", "tiny.yaml", *words, "--yes", "--json", timeout=600)[0])
+    survivor = Trail(Run(tiny_home.folder / "runs" / "killed"))
+    (struck,) = told["struck"]
+    print(f"{struck['what']} after step {struck['step']}, on again after {struck['seconds']:.1f} s")
+    assert told["survived"], told
+    assert struck["seconds"] == pytest.approx(seconds_to_go_on(survivor, struck["time"]), abs=0.1)
+    assert [what.partition(":")[0] for what in told["left_out"]] == ["node", "disk"]
+    rank = int(struck["what"].split()[1])
     assert survivor.named("lost") == [f"[rank {rank}] its process died"]
     assert read_json(survivor.run.result)["restarts"] == 1
     for place in survivor.places():  # Ray had started it before it was needed
@@ -243,23 +261,6 @@ def test_a_killed_rank(tiny_home: Home, cluster: Cluster, draw: random.Random) -
     heard = read_json(survivor.run.environment)  # of the nodes, before the start
     assert (len(heard["nodes"]), len(heard["network"])) == (2, 2)
     check_curve(tiny_home, survivor, stage, exact=True)
-
-
-def test_chaos_kills_a_worker_and_tells_what_it_cost(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
-    stage = stage_of(draw)
-    kinds: list[Kind] = ["worker", "driver", "flip"]  # what is left on a cluster that was not started for it
-    seed = next(n for n in itertools.count() if plan(n, 1, STEPS, kinds, 20)[0].kind == "worker")
-    cluster.resize(2)
-    words = ["--kills", "1", "--seed", str(seed), "--name", "chaos", "--set", f"zero.stage={stage}"]
-    refused = tiny_home.distft("chaos", "tiny.yaml", *words, status=2)[1]
-    assert "a cluster that was not started for this" in refused
-    told = json.loads(tiny_home.distft("chaos", "tiny.yaml", *words, "--yes", "--json")[0])
-    assert told["survived"], told
-    assert [one["kind"] for one in told["struck"]] == ["worker"]
-    assert told["struck"][0]["seconds"] > 0
-    assert [what.partition(":")[0] for what in told["left_out"]] == ["node", "disk"]
-    curve = training_curve(Run(tiny_home.folder / "runs" / "chaos").metrics)
-    assert [line["loss"] for line in curve] == [line["loss"] for line in reference(tiny_home, stage)]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def run(point: Point, repeat: int, arguments: argparse.Namespace, runs: Path) ->
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}: exit {done.returncode}\n{done.stderr[-4000:]}")
+    shutil.rmtree(Run(runs / name).checkpoints, ignore_errors=True)  # all runs' together would fill a disk
     return runs / name
 
 

@@ -80,9 +80,6 @@ CONFIGURATIONS = (
 )
 
 
-Errors = dict[str, float]
-
-
 def make_small(to: Path) -> Path:
     """A model of SmolLM2's kind with 19 M parameters and its tokenizer; wide enough for arithmetic to count."""
     job = Job.load(JOB, [])
@@ -139,7 +136,9 @@ def error(one: Observation, process: float, by: Correction, suffix: str) -> dict
     }
 
 
-def errors(seen: Sequence[Observation], processes: Sequence[float], before: Sequence[Observation]) -> list[Errors]:
+def errors(
+    seen: Sequence[Observation], processes: Sequence[float], before: Sequence[Observation]
+) -> list[dict[str, float]]:
     """Of each run of a round: as predicted, corrected by the others of its round, and by the rounds before."""
     found = []
     for one, process in zip(seen, processes, strict=True):

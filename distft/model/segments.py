@@ -125,6 +125,12 @@ def _texts(positions: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + 1), slice(begin, end)
 
 
+def _repeated(each: Tensor, query: Tensor) -> Tensor:
+    """Keys or values, (B, K, T, Q), with a head for each of the queries', (B, H, T, Q)."""
+    wide: Tensor = repeat_kv(each, query.shape[1] // each.shape[1])
+    return wide
+
+
 def _by_token(like: Tensor) -> Tensor:
     """Room for (B, H, T, Q) that lies in memory as (B, T, H, Q), as the layers want it."""
     rows, heads, tokens, size = like.shape
@@ -142,9 +148,8 @@ def _room(query: Tensor) -> tuple[Tensor, Tensor]:
 def _forward(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """What there is room for in :func:`_room`; keys and values, (B, K, T, Q), are repeated for a text at a time."""
     found, sums = _room(query)
-    groups = query.shape[1] // key.shape[1]
     for rows, tokens in _texts(positions):
-        part = query[rows, :, tokens], *(repeat_kv(each[rows, :, tokens], groups) for each in (key, value))
+        part = query[rows, :, tokens], *(_repeated(each[rows, :, tokens], query) for each in (key, value))
         found[rows, :, tokens], sums[rows, :, tokens] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *part, 0.0, True, scale=scale
         )
@@ -169,10 +174,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by query, key and value."""
     gradients = _by_token(query), _by_token(key), _by_token(value)
-    groups = query.shape[1] // key.shape[1]
     for rows, tokens in _texts(positions):
         part = [each[rows, :, tokens] for each in (gradient, query, key, value, found, sums)]
-        part[2:4] = (repeat_kv(each, groups) for each in part[2:4])
+        part[2:4] = (_repeated(each, query) for each in part[2:4])
         if part[0].shape[2] <= SHORT:
             part = [each.to(sums.dtype) for each in part]
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*part, 0.0, True, scale=scale)

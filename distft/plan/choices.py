@@ -152,7 +152,7 @@ def choose_dtype(asked: str, hardware: Hardware) -> Choice[str]:
     if asked == "auto":
         if hardware.fast_bf16:
             return Choice("bf16", f"{hardware.name} multiplies bf16 in hardware")
-        return Choice("fp32", f"{hardware.name} has no bf16 instructions: bf16 would be slower than fp32")
+        return Choice("fp32", f"{hardware.name} multiplies bf16 no faster than fp32")
     if asked not in ("bf16", "fp32"):
         raise JobError(f"{asked} is not built yet", where="model.dtype", fix="use bf16, fp32 or auto")
     return Choice(asked, "set in the job")

@@ -151,3 +151,26 @@ def test_peaks_are_looked_up_or_measured() -> None:
     assert peak_flops(h100, torch.bfloat16).flops == 989e12
     measured = peak_flops(Hardware.detect(), torch.float32)
     assert 1e9 < measured.flops < 1e15
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2 avx512f", False),
+        ("GenuineIntel", "avx2 avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "avx2 avx512f avx512_bf16", False),
+    ],
+)
+def test_bf16_is_chosen_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vendor: str, flags: str, fast: bool
+) -> None:
+    """Intel's bf16 instructions outside matrix tiles are slower than fp32's."""
+    told = tmp_path / "cpuinfo"
+    told.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} sse\n\nprocessor\t: 1\n")
+    monkeypatch.setattr("distft.plan.hardware.Path", lambda _: told)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("distft.plan.hardware._first_gpu", lambda: None)
+    for seen in (Hardware.detect(), Hardware.glance()):
+        assert seen.fast_bf16 is fast
+        assert choose_dtype("auto", seen).value == ("bf16" if fast else "fp32")

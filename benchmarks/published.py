@@ -162,7 +162,7 @@ def predict(row: Published, efficiency: float) -> float:
         micro_batch_size=row.micro_batch,
         row_tokens=row.tokens,
         attended_tokens=row.tokens,
-        packed=False,
+        masked=False,
     )
     rates = replace(Rates.of(named("H100")), efficiency=efficiency)
     seconds = step_time(shape, trained, setup, rates, row.gradient_bytes).seconds

@@ -122,7 +122,7 @@ def planned(stage: int, ranks: int, dtype: str) -> tuple[int, int]:
         micro_batch_size=1,
         row_tokens=TOKENS,
         attended_tokens=TOKENS,
-        packed=False,
+        masked=False,
     )
     parts = memory(shape, shape.parameters, setup).moments["update"]
     formula = zero_bytes(shape.parameters, shape.parameters, stage, ranks, dtype)

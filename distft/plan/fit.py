@@ -112,7 +112,7 @@ def setup_of(
         micro_batch_size=micro_batch_size,
         row_tokens=job.data.max_tokens,
         attended_tokens=job.data.max_tokens,
-        packed=job.data.packing,
+        masked=job.data.packing and hardware.device_type != "cpu" and dtype == "fp32",
         quantised=adapter is not None and adapter.quantize is not None,
     )
 

@@ -218,8 +218,8 @@ def activation_bytes(shape: Shape, setup: Setup) -> int:
 
     The method of Korthikanti et al. (arXiv 2205.05198, section 4.1), which counts the tensors that each operation
     keeps, for the layers that transformers computes today: RMSNorm in fp32, SwiGLU, attention by torch's fused kernel,
-    which keeps no T x T probabilities, but on a GPU a mask of them for packed rows (on a CPU texts are attended one by
-    one, :mod:`distft.model.segments`). Recomputing each layer keeps its input alone and one layer's activations
+    which keeps no T x T probabilities; a mask of them where texts are not attended one by one
+    (:mod:`distft.model.segments`). Recomputing each layer keeps its input alone and one layer's activations
     (section 5 there; Chen et al., arXiv 1604.06174).
     """
     kept = setup.pass_tokens * shape.hidden * setup.bytes
@@ -231,16 +231,16 @@ def activation_bytes(shape: Shape, setup: Setup) -> int:
 def _layer_bytes(shape: Shape, setup: Setup) -> int:
     """Of one layer: two norms, queries, keys, values, what attention gives, the MLP.
 
-    Keys and values are repeated to be as wide as the queries; on a CPU for a text at a time, and are kept as they were.
+    With a mask keys and values are repeated to be as wide as the queries; otherwise they are kept as they are.
     A norm keeps its input and its normalised input in fp32 or cast back, and its output, which the matrices keep.
     Compiled, a norm keeps what goes in and comes out, and the MLP one of its four less: 7.7 KB a token and layer of
     SmolLM2-135M in bf16, of which 7.5 were measured.
     """
     s, attention = setup.bytes, shape.heads * shape.head_size
-    keys = shape.kv_heads * shape.head_size if setup.device_type == "cpu" else attention
+    keys = attention if setup.masked else shape.kv_heads * shape.head_size
     norms = 2 * (2 * s if setup.compiled else 4 + 2 * s) * shape.hidden
     wide = ((4 if shape.gated else 2) - setup.compiled) * shape.intermediate * shape.experts_used
-    mask = s * setup.row_tokens if setup.packed and setup.device_type != "cpu" else 0
+    mask = s * setup.row_tokens if setup.masked else 0
     return round(setup.pass_tokens * (norms + 2 * s * (attention + keys) + s * wide + mask))
 
 

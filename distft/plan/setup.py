@@ -24,7 +24,7 @@ class Setup:
         micro_batch_size: Rows B of a pass.
         row_tokens: Tokens T of a row.
         attended_tokens: The mean length of the segment that a token lies in.
-        packed: Whether rows hold several segments, which on a GPU a mask keeps apart.
+        masked: Whether a mask keeps the segments of a row apart: of packed rows in fp32 on a GPU.
         quantised: Whether frozen matrices are in four bits (QLoRA).
         fill: The share of a row's tokens that is no padding.
         compiled: Whether layers are compiled.
@@ -41,7 +41,7 @@ class Setup:
     micro_batch_size: int
     row_tokens: int
     attended_tokens: int
-    packed: bool
+    masked: bool
     quantised: bool = False
     fill: float = 1.0
     compiled: bool = False

@@ -15,7 +15,7 @@ from distft.plan import calibration
 from distft.plan.choices import choose
 from distft.plan.hardware import Hardware, host_memory_bytes
 from distft.plan.speed import CPU_LINK, CPU_NETWORK, Links
-from distft.runs import Run, append_line, read_json
+from distft.runs import Run, append_line, read_json, read_lines
 from distft.train.forecast import IMPORTED_LATER, Forecast, forecast, measure, settle
 from distft.world import World
 from tests.distributed import tiny
@@ -79,6 +79,22 @@ def test_a_run_leaves_what_was_predicted_and_measured(
     off = plan["predicted"]["peak_memory_bytes"] - plan["measured"]["peak_memory_bytes"]
     assert -100e6 < off < IMPORTED_LATER + 100e6
     assert not calibration.calibration_path().exists()
+
+
+def test_freed_memory_is_given_back_once_after_the_first_step(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distft.task.prepare import prepare
+    from distft.train.worker import work
+
+    run, given_back_after = Run(tmp_path / "run"), []
+    monkeypatch.setattr(
+        "distft.train.loop.give_back_free_memory",
+        lambda: given_back_after.append([*read_lines(run.metrics)][-1]["step"]),
+    )
+    job = tiny.job(home, "train.epochs=null", "train.steps=3")
+    work(job, World(), run, prepare(job, home / "model"), home / "model", kind="plain")
+    assert given_back_after == [1]
 
 
 def test_a_run_corrects_the_next_one(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

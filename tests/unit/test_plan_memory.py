@@ -18,7 +18,7 @@ from distft.plan.calibration import Correction, Observation, kind_of
 from distft.plan.choices import choose
 from distft.plan.devices import DEVICES, known, named
 from distft.plan.estimate import Workload, first_setup, whole_plan
-from distft.plan.fit import Room, Subject
+from distft.plan.fit import Room, Subject, setup_of
 from distft.plan.hardware import Hardware
 from distft.plan.memory import Memory, memory
 from distft.plan.setup import Setup
@@ -83,13 +83,26 @@ def test_compiled_layers_and_unrepeated_keys_take_less() -> None:
         return need(**changes).moments["forward pass"]["activations"] / (32 * SETUP.pass_tokens)
 
     assert kept() - kept(compiled=True) == 2 * 4 * 4096 + 2 * 14336
-    assert kept() - kept(device_type="cpu") == 2 * 2 * (32 - 8) * 128
+    assert kept(masked=True) - kept() == 2 * 2 * (32 - 8) * 128 + 2 * SETUP.row_tokens
 
 
 def test_a_head_that_is_more_than_a_product_keeps_all_logits() -> None:
     capped = memory(replace(LLAMA_8B, plain_head=False), LLAMA_8B.parameters, SETUP)
     logits = 2 * 4096 * 128256 * 2
     assert capped.moments["forward pass"]["loss"] > 4 * logits > need().moments["forward pass"]["loss"]
+
+
+def test_a_mask_is_counted_where_texts_are_not_attended_one_by_one(tmp_path: Path) -> None:
+    how = [("cuda", "bf16", True), ("cuda", "fp32", True), ("cuda", "fp32", False), ("cpu", "fp32", True)]
+    masked = [
+        setup_of(
+            job(tmp_path, data={"source": "rows.txt", "max_tokens": 4096, "packing": packing}),
+            Hardware(device_type, "any", fast_bf16=True),
+            **{"dtype": dtype, "stage": 0, "micro_batch_size": 1, "workers": 1, "nodes": 1},  # type: ignore[arg-type]
+        ).masked
+        for device_type, dtype, packing in how
+    ]
+    assert masked == [False, True, False, False]
 
 
 def test_offloading_moves_the_optimizer_to_the_host() -> None:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 NAME = "distft_segments"
 """This attention's name in transformers."""
-FLASH_SIZE = 256
-"""The largest head that FlashAttention takes on GPUs."""
+FLASH_SIZE, FLASH_DTYPES = 256, (torch.bfloat16, torch.float16)
+"""The largest head that FlashAttention takes on GPUs, and the types."""
+DEVICES = ("cpu", "cuda")
+"""Those that have a kernel for it."""
 SHORT = 256
 """Tokens up to which a text's backward pass is faster in fp32 than in bf16: of 128 tokens twice (torch 2.13)."""
 
@@ -51,7 +53,7 @@ def attend_by_segments(model: PreTrainedModel) -> bool:
         return False
     if model.base_model is model or not model._can_set_attn_implementation():
         return False
-    if torch.cuda.is_available() and not _kernel_works("cuda", *_heads(model)):
+    if torch.cuda.is_available() and model.dtype in FLASH_DTYPES and not _kernel_works("cuda", *_heads(model)):
         return False
     embeddings = model.get_input_embeddings()
     size = embeddings.num_embeddings
@@ -97,8 +99,6 @@ def _kernel_works(device: str, heads: int, kv_heads: int, size: int) -> bool:
     draw = torch.Generator().manual_seed(1)
     shapes = [(2, each, 12, size) for each in (heads, kv_heads, kv_heads, heads)]
     *given, gradient = (torch.randn(shape, generator=draw).to(device, torch.bfloat16) for shape in shapes)
-    if not _takes(given[0], given[2]):
-        return True  # nor will it be asked
     positions = torch.tensor([[*range(5), *range(7)], [*range(12)]], device=device)
 
     def by_texts(*given: Tensor) -> Tensor:
@@ -121,16 +121,10 @@ def _kernel_works(device: str, heads: int, kv_heads: int, size: int) -> bool:
     return all(torch.allclose(one, other, rtol=0, atol=0.02 * float(other.abs().max())) for one, other in pairs)
 
 
-def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device has one for texts of several lengths."""
-    return device.type == "cpu" or (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16))
-
-
 def _takes(query: Tensor, value: Tensor) -> bool:
-    """Whether a device's kernel takes heads like these."""
-    size = query.shape[3]
-    fits = query.device.type == "cpu" or (size % 8 == 0 and size <= FLASH_SIZE)
-    return fits and size == value.shape[3] and _has_kernel(query.device, query.dtype)
+    """Whether the device's kernel takes heads like these: a model may have some of another size or type."""
+    fits = not query.is_cuda or (query.shape[3] <= FLASH_SIZE and query.dtype in FLASH_DTYPES)
+    return fits and query.shape[3] == value.shape[3]
 
 
 def _mask(
@@ -138,8 +132,7 @@ def _mask(
 ) -> Tensor | None:
     """The mask of SDPA; none where the positions say all: whole rows without padding, cache or window."""
     whole = attention_mask is None and rest["q_length"] == rest["kv_length"]
-    kernel = _has_kernel(torch.device(device), rest["dtype"])
-    if whole and kernel and local_size is None and not rest.get("use_vmap"):
+    if whole and torch.device(device).type in DEVICES and local_size is None and not rest.get("use_vmap"):
         return None
     made: Tensor | None = sdpa_mask(attention_mask=attention_mask, device=device, local_size=local_size, **rest)
     return made
@@ -163,7 +156,8 @@ def _attention(
             scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
             states, _ = _forward(query, key, value, position_ids, scale)
             return states.transpose(1, 2), None
-        attention_mask = _apart(position_ids)
+        if query.is_cuda:
+            attention_mask = _apart(position_ids)
     rest.update(scaling=scaling, position_ids=position_ids)
     found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
     return found
@@ -178,8 +172,12 @@ def _breaks(positions: Tensor) -> Tensor:
     return positions[:, 1:] != positions[:, :-1] + 1
 
 
+@functools.lru_cache(maxsize=1)
 def _apart(positions: Tensor) -> Tensor | None:
-    """The mask that keeps texts apart, (B, 1, T, T): True where a token attends. None where each row is one text."""
+    """The mask that keeps texts apart, (B, 1, T, T): True where a token attends. None where each row is one text.
+
+    It waits for the device, so it is made once for all layers of a pass, which get the same tensor.
+    """
     breaks = _breaks(positions)
     if not breaks.any():
         return None
@@ -203,7 +201,7 @@ def _texts(positions: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
 def _bounds(positions: Tensor, rows: int) -> tuple[Tensor, int]:
     """Where texts begin in rows laid end to end, and their end, (texts + 1,) int32; the longest one's tokens.
 
-    It waits for the device, so it is found once for all layers of a pass, which get the same tensor.
+    Found once a pass, as the mask is.
     """
     begins = F.pad(_breaks(positions), (1, 0), value=True).expand(rows, -1).flatten().nonzero().flatten()
     bounds = F.pad(begins, (0, 1), value=rows * positions.shape[1])

@@ -87,15 +87,13 @@ def test_long_and_short_texts_are_as_exact_as_with_the_mask(dtype: torch.dtype, 
     assert errors[0] < 1.1 * errors[1]
 
 
-def test_heads_that_the_kernel_cannot_take_are_kept_apart_by_a_mask() -> None:
+def test_heads_that_the_kernel_cannot_take_keep_the_mask() -> None:
     """DeepSeek's kind, whose queries are larger than its values."""
     sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
     config = transformers.DeepseekV3Config(
         **{**SHAPE, "num_key_value_heads": 4}, **sizes, first_k_dense_replace=2, n_routed_experts=4, n_group=1
     )
-    model = LossModel(transformers.DeepseekV3ForCausalLM(config).double())
-    assert model.by_segments
-    torch.testing.assert_close(*(losses_and_gradients(each, MIXED) for each in (model, with_mask(model))))
+    assert not LossModel(transformers.DeepseekV3ForCausalLM(config)).by_segments
 
 
 def test_a_kernel_that_does_not_keep_texts_apart_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

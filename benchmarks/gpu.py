@@ -34,7 +34,7 @@ import torch  # noqa: E402
 
 from benchmarks.provenance import provenance  # noqa: E402
 from distft import engine as engines  # noqa: E402
-from distft.model import cross_entropy  # noqa: E402
+from distft.model import chunk  # noqa: E402
 from distft.model.batch import IGNORED, Batch  # noqa: E402
 from distft.model.shape import Shape, llama_tensors, of_config  # noqa: E402
 from distft.plan import memory as planned_memory  # noqa: E402
@@ -94,7 +94,7 @@ class Case:
         checkpointing: Whether activations are computed again.
         compiled: Whether layers are compiled.
         fused: Whether head and loss are one step.
-        chunk_mib: Of logits in that step.
+        chunk_tokens: Tokens whose logits exist at a time in that step.
         dtype: ``bf16`` or ``fp32``.
         ray: Whether it runs as a worker of Ray Train.
     """
@@ -112,7 +112,7 @@ class Case:
     checkpointing: bool = False
     compiled: bool = False
     fused: bool = True
-    chunk_mib: int = 32
+    chunk_tokens: int = chunk.GPU_TOKENS
     dtype: str = "bf16"
     ray: bool = False
 
@@ -125,7 +125,8 @@ class Case:
         words += ["offload"] if self.offload == "cpu" else []
         words += ["recomputed"] if self.checkpointing else []
         words += ["compiled"] if self.compiled else []
-        words += [f"chunk{self.chunk_mib}"] if self.fused else ["unfused"]
+        words += [] if self.fused else ["unfused"]
+        words += [f"chunk{self.chunk_tokens}"] if self.chunk_tokens != chunk.GPU_TOKENS else []
         words += ["fp32"] if self.dtype == "fp32" else []
         return "-".join(words + (["ray"] if self.ray else []))
 
@@ -162,14 +163,13 @@ def cases() -> list[Case]:
         replace(tiny, engine="zero"),
         replace(tiny, engine="zero", stage=3),
     ]
-    one, three = Case("1B", rows=4, batch_size=16, chunk_mib=512), Case("3B", rows=2, chunk_mib=512)
-    eight, small = Case("8B", rows=2, lora=True, chunk_mib=512), Case("135M", rows=4, batch_size=16, chunk_mib=512)
-    shipped = {"chunk_mib": 32}  # as distft trains today
+    one, three = Case("1B", rows=4, batch_size=16), Case("3B", rows=2)
+    eight, small = Case("8B", rows=2, lora=True), Case("135M", rows=4, batch_size=16)
     goals = [replace(each, documents=False, compiled=how) for how in (False, True) for each in (one, three, eight)]
     ways = [
-        replace(one, **shipped),
         one,
         replace(one, attention="sdpa"),
+        *(replace(one, chunk_tokens=tokens) for tokens in (64, 4096)),
         replace(one, compiled=True),
         replace(one, fused=False),
         replace(one, checkpointing=True),
@@ -177,14 +177,13 @@ def cases() -> list[Case]:
         replace(one, attention="flash_attention_2"),
         replace(one, rows=1),
         small,
-        replace(small, **shipped),
         replace(small, compiled=True),
         three,
-        replace(three, **shipped),
+        replace(three, attention="sdpa"),
         replace(three, compiled=True),
         replace(three, checkpointing=True, rows=4),
         eight,
-        replace(eight, **shipped),
+        replace(eight, attention="sdpa"),
         replace(eight, compiled=True),
         replace(eight, checkpointing=True, rows=4),
         replace(one, lora=True),
@@ -274,7 +273,7 @@ def batches(case: Case, steps: int) -> Iterator[list[tuple[Batch, list[int]]]]:
 def measure(case: Case, device_type: str) -> dict[str, Any]:
     """Trains for some steps; figures, and what the planner says of them."""
     device = torch.device(device_type)
-    cross_entropy.CHUNK_BYTES = planned_memory.LOGITS_CHUNK = case.chunk_mib * 2**20
+    chunk.GPU_TOKENS = case.chunk_tokens
     began = time.perf_counter()
     settings = engines.Settings(DTYPES[case.dtype], case.stage, case.offload, max_grad_norm=1.0)
     engine = engines.open(build(case, device), settings, World(), case.engine)  # type: ignore[arg-type]

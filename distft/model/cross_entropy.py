@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 32 * 2**20
-"""Bytes of one chunk's logits in fp32. Smaller costs speed (the weight's gradient is read and written once a
-chunk), larger costs memory; see benchmarks."""
+from distft.model.chunk import chunk_tokens
 
 
 class LossHead(nn.Linear):
@@ -75,12 +73,8 @@ class _Chunk:
         return gradient
 
 
-def _chunk_tokens(weight: Tensor) -> int:
-    return max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-
-
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[_Chunk]:
-    tokens, size = hidden.shape[0], _chunk_tokens(weight)
+    tokens, size = hidden.shape[0], chunk_tokens(len(weight), weight.device.type)
     logits = hidden.new_empty(min(tokens, size), weight.shape[0])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     for start in range(0, max(tokens, 1), size):
@@ -102,7 +96,7 @@ class _WeightGradient:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         self._sum = torch.zeros_like(weight, dtype=dtype) if dtype == hidden.dtype else None
         self._adds_each = self._sum is not None
-        most = 0 if self._adds_each else max(_chunk_tokens(weight), 2 * weight.shape[1])
+        most = 0 if self._adds_each else max(chunk_tokens(len(weight), weight.device.type), 2 * weight.shape[1])
         self._collected = hidden.new_empty(min(most, len(hidden)), weight.shape[0])
         self._begin = self._end = 0
 

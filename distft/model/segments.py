@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -289,6 +290,17 @@ def _backward(
     return gradients
 
 
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Has torch's kernels add in the same order each time, which costs some speed: the same digits are promised."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @_backward.register_kernel("cuda")
 def _flash_backward(
     gradient: Tensor,
@@ -304,9 +316,10 @@ def _flash_backward(
     flat = map(_laid_end_to_end, (gradient, query, key, value, found))
     no_dropout = query.new_zeros(2, dtype=torch.uint64), query.new_empty(0)
     sums = sums.transpose(0, 1).flatten(1).contiguous()
-    one, other, third = torch.ops.aten._flash_attention_backward(
-        *flat, sums, bounds, bounds, longest, longest, 0.0, True, *no_dropout, scale=scale
-    )
+    with _deterministic():
+        one, other, third = torch.ops.aten._flash_attention_backward(
+            *flat, sums, bounds, bounds, longest, longest, 0.0, True, *no_dropout, scale=scale
+        )
     return _in_rows(one, query), _in_rows(other, query), _in_rows(third, query)
 
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distft.model.chunk import chunk_tokens
 from distft.model.shape import Shape
 from distft.plan.setup import Setup
 
@@ -29,9 +30,6 @@ WHOLE_BUCKET = 500_000_000
 
 #: Elements of gathered weights that ZeRO-3 keeps at most (``stage3_max_live_parameters``, a default of DeepSpeed's).
 LIVE = 1_000_000_000
-
-#: Bytes of one chunk's logits in fp32: ``CHUNK_BYTES`` of :mod:`distft.model.cross_entropy`, which imports torch.
-LOGITS_CHUNK = 32 * 2**20
 
 #: What a worker's process holds beside its model: Python, torch, DeepSpeed, transformers, and Ray's worker; 580 MB
 #: measured without Ray (Linux, torch 2.13 for CPU), and 104 MB more with it. A worker that runs knows its own.
@@ -103,6 +101,7 @@ def memory(shape: Shape, trained: int, setup: Setup, process_bytes: int = PROCES
         state["process"] = process_bytes
     gathered = {"gathered weights": min(_weight_bytes(shape, setup), LIVE * setup.bytes)} if setup.stage == 3 else {}
     steady = {**state, **gathered}
+    logits = 2 * 4 * shape.outputs * chunk_tokens(shape.outputs, setup.device_type)
     before = gradients if setup.passes > 1 or setup.stage in (1, 3) else 0  # of earlier passes, or kept for good
     moments: dict[str, Parts] = {
         "forward pass": {
@@ -117,7 +116,7 @@ def memory(shape: Shape, trained: int, setup: Setup, process_bytes: int = PROCES
             "gradients on their way": _sending_bytes(shape, trained, setup),
         },
         "update": {**state, "gradients": gradients, "gradients in fp32": _update_bytes(trained, setup)},
-        "evaluation": {**steady, "activations": _layer_bytes(shape, setup), "loss": 2 * LOGITS_CHUNK},
+        "evaluation": {**steady, "activations": _layer_bytes(shape, setup), "loss": logits},
     }
     loading = {"process": process_bytes, "file": shape.stored_bytes, "weights": shape.parameters * setup.bytes}
     if cpu:
@@ -255,11 +254,11 @@ def loss_bytes(shape: Shape, trained: int, setup: Setup) -> int:
     s, tokens, outputs, hidden = setup.bytes, setup.pass_tokens, shape.outputs, shape.hidden
     if not shape.plain_head:
         return tokens * outputs * (2 * s + 8)
-    chunk_tokens = min(tokens, max(1, LOGITS_CHUNK // (4 * outputs)))
-    held = chunk_tokens * outputs * (4 + (2 * s if s == 2 else s)) + 2 * tokens * hidden * s
+    chunk = min(tokens, chunk_tokens(outputs, setup.device_type))
+    held = chunk * outputs * (4 + (2 * s if s == 2 else s)) + 2 * tokens * hidden * s
     if trained < shape.parameters:
         return held
     if s == 4:
         return held + 4 * outputs * hidden
-    collected = min(tokens, max(chunk_tokens, 2 * hidden))
+    collected = min(tokens, max(chunk, 2 * hidden))
     return held + s * outputs * (collected + hidden) + (4 * outputs * hidden if tokens > collected else 0)

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distft.model import Batch, LossModel, cross_entropy, flops_per_token
+from distft.model import Batch, LossModel, chunk, flops_per_token
 from distft.model.cross_entropy import LossHead
 
 from .tiny_models import CONFIGS, VOCABULARY
@@ -59,7 +59,7 @@ MIXED = batch_of(pack(segment(9, 1), segment(1, 2), segment(6, 3), skip=2), pack
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fused_and_plain_paths_are_equal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * VOCABULARY * 7)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 4 * VOCABULARY * 7)
     model = tiny(name)
     plain, fast = LossModel(copy.deepcopy(model), fused=False), LossModel(model)
     assert fast.fused is (name != "gemma2")  # which caps its logits
@@ -109,7 +109,7 @@ def test_a_cap_is_found_where_logits_are_still_small() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 4, 5, 8, 9])
 def test_chunks_of_any_number_of_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * VOCABULARY * 4)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 4 * VOCABULARY * 4)
     generator = torch.Generator().manual_seed(tokens)
     hidden = torch.randn(tokens, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     head = LossHead(8, VOCABULARY, bias=False, dtype=torch.float64)
@@ -148,6 +148,12 @@ def test_gradient_agrees_with_finite_differences() -> None:
     assert ((up - down) / (2 * step)).item() == pytest.approx(slope.item(), rel=1e-7)
 
 
+def test_chunks_are_of_as_many_tokens_as_a_device_needs() -> None:
+    assert [chunk.chunk_tokens(128_256, device) for device in ("cpu", "cuda")] == [65, 1024]
+    assert [chunk.chunk_tokens(512, device) for device in ("cpu", "cuda")] == [16_384, 16_384]
+    assert chunk.chunk_tokens(10**9, "cpu") == 1
+
+
 def test_a_second_backward_is_refused_rather_than_wrong() -> None:
     loss, _ = LossModel(tiny("llama"))(MIXED)
     loss.backward(retain_graph=True)
@@ -160,7 +166,7 @@ def test_bf16_accumulates_the_weights_gradient_over_chunks_in_fp32(monkeypatch: 
     batch = batch_of(*(pack(segment(40, seed)) for seed in range(4)))
     results = []
     for chunk_tokens in (1, 1000):
-        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * VOCABULARY * chunk_tokens)
+        monkeypatch.setattr(chunk, "CHUNK_BYTES", 4 * VOCABULARY * chunk_tokens)
         each = LossModel(copy.deepcopy(model))
         loss, _ = each(batch)
         loss.backward()

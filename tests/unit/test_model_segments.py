@@ -87,6 +87,14 @@ def test_long_and_short_texts_are_as_exact_as_with_the_mask(dtype: torch.dtype, 
     assert errors[0] < 1.1 * errors[1]
 
 
+@pytest.mark.parametrize("device", WHERE)
+def test_gradients_have_the_same_digits_each_time(device: str) -> None:
+    """Kernels of GPUs add in any order unless they are told not to."""
+    model = LossModel(tiny("llama", torch.bfloat16)).to(device)
+    once, again = (losses_and_gradients(copy.deepcopy(model), LONG.to(device)) for _ in range(2))
+    torch.testing.assert_close(once, again, rtol=0, atol=0)
+
+
 def test_heads_that_the_kernel_cannot_take_keep_the_mask() -> None:
     """DeepSeek's kind, whose queries are larger than its values."""
     sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -130,6 +138,7 @@ def test_what_gpus_are_asked_is_what_cpus_are() -> None:
         states, sums = by_definition(*leaves, given[5], scale)
         torch.testing.assert_close((states.detach(), sums.detach()), given[3:5])
         assert given[7:11] == (12, 12, 0.0, True)
+        assert torch.are_deterministic_algorithms_enabled()
         return torch.autograd.grad(states, leaves, gradient)
 
     given = queries_keys_values(dtype=torch.float64)
@@ -142,6 +151,7 @@ def test_what_gpus_are_asked_is_what_cpus_are() -> None:
         gradient = torch.randn_like(expected[0])
         more = segments._flash_backward(gradient, *given, *found, POSITIONS, 0.3)
     torch.testing.assert_close(more, segments._backward(gradient, *given, *expected, POSITIONS, 0.3))
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_gpus_give_what_compiled_layers_are_promised(monkeypatch: pytest.MonkeyPatch) -> None:

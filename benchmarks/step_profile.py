@@ -152,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.step_profile", description=__doc__.split("\n\n")[0])
     made.add_argument("--job", type=Path, default=ROOT / "launch" / "quickstart.yaml")
     made.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    made.add_argument("--rows", nargs="+", choices=("full", "packed"), default=["full", "packed"], help="see peers.py")
     made.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
     made.add_argument("--batch-size", type=int, default=4, help="rows of a step, over both ranks")
     made.add_argument("--steps", type=int, default=4, help="steps that are timed, and passes")
@@ -169,9 +170,9 @@ def main() -> None:
         rank(arguments)
         return
     found = {}
-    for rows in ("full", "packed"):
+    for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as scratch:
-            asked = argparse.Namespace(**vars(arguments), rows=rows, seed=17)
+            asked = argparse.Namespace(**{**vars(arguments), "rows": rows}, seed=17)
             model, file, facts = inputs(asked, Path(scratch))
             words = ["-m", "benchmarks.step_profile", "--file", str(file), "--model", str(model)]
             for name in ("dtype", "tokens", "batch_size", "steps"):

@@ -102,7 +102,8 @@ def memory(shape: Shape, trained: int, setup: Setup, process_bytes: int = PROCES
     gathered = {"gathered weights": min(_weight_bytes(shape, setup), LIVE * setup.bytes)} if setup.stage == 3 else {}
     steady = {**state, **gathered}
     logits = 2 * 4 * shape.outputs * chunk_tokens(shape.outputs, setup.device_type)
-    before = gradients if setup.passes > 1 or setup.stage in (1, 3) else 0  # of earlier passes, or kept for good
+    kept = setup.stage == 3 or (setup.stage == 1 and setup.bytes == 2)  # for good
+    before = gradients if setup.passes > 1 or kept else 0
     moments: dict[str, Parts] = {
         "forward pass": {
             **steady,

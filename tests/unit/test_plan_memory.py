@@ -77,6 +77,14 @@ def test_activations_grow_with_tokens_and_shrink_by_recomputing() -> None:
     assert need(checkpointing=True).moments["forward pass"]["activations"] < plain / 10
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype", "kept"), [(0, "fp32", 0), (1, "bf16", 4), (1, "fp32", 0), (2, "bf16", 0), (3, "fp32", 4 / 8)]
+)
+def test_gradients_stay_between_steps_where_deepspeed_keeps_them(stage: int, dtype: str, kept: float) -> None:
+    found = need(stage=stage, dtype=dtype, micro_batch_size=8).moments["forward pass"]
+    assert found["gradients"] == pytest.approx(kept * LLAMA_8B.parameters, rel=1e-6)
+
+
 def test_compiled_layers_and_unrepeated_keys_take_less() -> None:
     def kept(**changes: object) -> float:
         """Bytes of a token and layer."""

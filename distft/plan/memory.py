@@ -28,8 +28,9 @@ BUCKET = {"cuda": 500_000_000, "cpu": 10_000_000}
 #: The same without ZeRO, and in bf16 at stage 1, where DeepSpeed cannot be told (``MEMORY_OPT_ALLREDUCE_SIZE``).
 WHOLE_BUCKET = 500_000_000
 
-#: Elements of gathered weights that ZeRO-3 keeps at most (``stage3_max_live_parameters``, a default of DeepSpeed's).
-LIVE = 1_000_000_000
+#: Elements of gathered weights that ZeRO-3 keeps at most (``stage3_max_live_parameters``), and of those that it gathers
+#: at once (``stage3_prefetch_bucket_size``): defaults of DeepSpeed's.
+LIVE, PREFETCH = 1_000_000_000, 50_000_000
 
 #: What a worker's process holds beside its model: Python, torch, DeepSpeed, transformers, and Ray's worker; 580 MB
 #: measured without Ray (Linux, torch 2.13 for CPU), and 104 MB more with it. A worker that runs knows its own.
@@ -99,7 +100,7 @@ def memory(shape: Shape, trained: int, setup: Setup, process_bytes: int = PROCES
         on_host["gradients"], gradients = gradients, 0
     if cpu:
         state["process"] = process_bytes
-    gathered = {"gathered weights": min(_weight_bytes(shape, setup), LIVE * setup.bytes)} if setup.stage == 3 else {}
+    gathered = _gathered_bytes(shape, setup) if setup.stage == 3 else {}
     steady = {**state, **gathered}
     logits = 2 * 4 * shape.outputs * chunk_tokens(shape.outputs, setup.device_type)
     kept = setup.stage == 3 or (setup.stage == 1 and setup.bytes == 2)  # for good
@@ -167,6 +168,15 @@ def _state(shape: Shape, trained: int, setup: Setup) -> dict[str, int]:
         "fp32 weights": 0 if plain else 4 * share,
         "moments": 8 * share,
         **bucket,
+    }
+
+
+def _gathered_bytes(shape: Shape, setup: Setup) -> Parts:
+    """Weights that ZeRO-3 has put together, and the bucket in which the next ones come, of which they are copies."""
+    weights = _weight_bytes(shape, setup)
+    return {
+        "gathered weights": min(weights, LIVE * setup.bytes),
+        "gathering": min(weights, PREFETCH * setup.bytes),
     }
 
 

@@ -93,7 +93,7 @@ def _fast_bf16(core: Mapping[str, str]) -> bool:
 
     With matrix tiles (AMX) it does, and AMD's do with AVX-512's products of pairs: at twice fp32's rate, measured on an
     EPYC. On Intel's those are slower than fp32: 0.5 to 0.8 of its rate on a Xeon whose tiles a virtual machine hides,
-    and training's steps took 1.6 times as long.
+    and training's steps took 1.5 times as long (benchmarks/baselines/step-profile-xeon-*.json).
     """
     flags = core.get("flags", "").split()
     return "amx_bf16" in flags or ("avx512_bf16" in flags and core.get("vendor_id") != "GenuineIntel")

@@ -92,8 +92,8 @@ def _fast_bf16(core: Mapping[str, str]) -> bool:
     """Whether a core multiplies bf16 matrices faster than fp32 ones, by its instructions.
 
     With matrix tiles (AMX) it does, and AMD's do with AVX-512's products of pairs: at twice fp32's rate, measured on an
-    EPYC. On Intel's those are slower than fp32: 0.5 to 0.8 of its rate on a Xeon whose tiles a virtual machine hides,
-    and training's steps took 1.5 times as long (benchmarks/baselines/step-profile-xeon-*.json).
+    EPYC. On Intel's those are slower than fp32: 0.6 of its rate on a Xeon whose tiles a virtual machine hides, and
+    training's steps took 1.5 times as long (benchmarks/baselines/step-profile-xeon-*.json).
     """
     flags = core.get("flags", "").split()
     return "amx_bf16" in flags or ("avx512_bf16" in flags and core.get("vendor_id") != "GenuineIntel")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -344,3 +345,18 @@ def test_ctrl_c_is_heeded_where_a_piece_of_the_log_comes_at_the_same_moment() ->
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(interrupted_with_a_piece())
+
+
+@pytest.mark.parametrize("ends", ["with an error", "as if complete"])
+def test_ctrl_c_is_not_hidden_by_what_a_connection_says_when_it_is_cut_off(ends: str) -> None:
+    async def pieces() -> AsyncIterator[str]:
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.sleep(60)
+            yield "late"
+        except asyncio.CancelledError:
+            if ends == "with an error":
+                raise OSError("cut off") from None
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(tail(pieces(), lambda *_: None))

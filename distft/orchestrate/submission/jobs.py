@@ -326,7 +326,11 @@ async def tail(pieces: AsyncIterator[str], told: Callable[[int, str], None]) -> 
     place = 0
     while True:
         async with asyncio.timeout(SILENT_SECONDS):  # wait_for of Python 3.11 may lose Ctrl-C
-            piece = await anext(pieces, None)
+            try:
+                piece = await anext(pieces, None)
+            finally:  # a connection that Ctrl-C cuts off may end with an error of its own, which would hide it
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise asyncio.CancelledError
         if piece is None:
             return
         told(place, piece)

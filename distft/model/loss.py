@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distft.model.batch import IGNORED, Batch
 from distft.model.cross_entropy import LossHead
+from distft.model.recompute import recompute_elementwise
 from distft.model.segments import attend_by_segments
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class LossModel(nn.Module):
         self.by_segments = attend_by_segments(model)
         if compiled:
             _compile_layers(model)
+        elif not torch.cuda.is_available():
+            recompute_elementwise(model)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The batch's loss, and whose it is.
@@ -148,6 +151,9 @@ def _compile_layers(model: PreTrainedModel) -> None:
 
     torch._dynamo.config.suppress_errors = True
     config.compile_threads = 1  # otherwise each rank starts as many processes more as there are cores
+    # Of what a layer keeps, this share at most: elementwise operations are computed again, matrix products are not
+    # (they would be from 0.68 of Llama's and SmolLM2's layers on). It takes less time, too, on a CPU.
+    torch._functorch.config.activation_memory_budget = 0.7
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=False)

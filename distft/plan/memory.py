@@ -243,13 +243,14 @@ def _layer_bytes(shape: Shape, setup: Setup) -> int:
 
     With a mask keys and values are repeated to be as wide as the queries; otherwise they are kept as they are.
     A norm keeps its input and its normalised input in fp32 or cast back, and its output, which the matrices keep.
-    Compiled, a norm keeps what goes in and comes out, and the MLP one of its four less: 7.7 KB a token and layer of
-    SmolLM2-135M in bf16, of which 7.5 were measured.
+    Where what is elementwise is computed again (:mod:`distft.model.recompute`, compiled layers), a norm keeps its input
+    alone, and the MLP what goes into its activation function and what that is multiplied with.
     """
     s, attention = setup.bytes, shape.heads * shape.head_size
     keys = attention if setup.masked else shape.kv_heads * shape.head_size
-    norms = 2 * (2 * s if setup.compiled else 4 + 2 * s) * shape.hidden
-    wide = ((4 if shape.gated else 2) - setup.compiled) * shape.intermediate * shape.experts_used
+    again = setup.compiled or (setup.device_type == "cpu" and not setup.checkpointing)
+    norms = 2 * (s if again else 4 + 2 * s) * shape.hidden
+    wide = (2 if shape.gated else 1) * (1 if again else 2) * shape.intermediate * shape.experts_used
     mask = s * setup.row_tokens if setup.masked else 0
     return round(setup.pass_tokens * (norms + 2 * s * (attention + keys) + s * wide + mask))
 

@@ -8,7 +8,6 @@ Improve Language Modeling", arXiv 2404.10830.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,8 @@ def pack(lengths: NDArray[np.int32], max_tokens: int) -> tuple[NDArray[np.int64]
 
     Longest first, each into the fullest row that still holds it; each segment lies whole in one row. Segments of one
     length are placed together: a row with room for m of them takes m before the next one does, as it is the fullest
-    that holds them. So the work is one sort, and array steps of which there are few for each length.
+    that holds them. So the work is one sort in linear
+    time, and array steps of which there are few for each length.
 
     Args:
         lengths: Tokens of each segment, 1 .. ``max_tokens``.
@@ -30,13 +30,13 @@ def pack(lengths: NDArray[np.int32], max_tokens: int) -> tuple[NDArray[np.int64]
     # Numpy sorts numbers of 16 bits by radix, in linear time; others it compares.
     least = np.uint16 if max_tokens <= np.iinfo(np.uint16).max else np.int32
     order = np.argsort((max_tokens - lengths).astype(least), kind="stable")
-    ordered = lengths[order]
-    row_of = np.empty(len(lengths), dtype=np.int32)
+    counts = np.bincount(lengths)
+    row_of, place = (np.empty(len(lengths), dtype=np.int32) for _ in range(2))  # and which of its row's segments it is
+    held = np.zeros(len(lengths), dtype=np.int32)  # segments of each row
     space = _Space()
-    rows = 0
-    groups = np.flatnonzero(np.diff(ordered, prepend=0, append=0)).tolist()
-    for start, end in pairwise(groups):
-        length = int(ordered[start])
+    rows = start = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        end = start + int(counts[length])
         while start < end:
             free, opened = space.take(length) or (max_tokens, None)
             each = free // length
@@ -47,13 +47,19 @@ def pack(lengths: NDArray[np.int32], max_tokens: int) -> tuple[NDArray[np.int64]
             filled = opened[:needed]
             count = min(len(filled) * each, end - start)
             row_of[start : start + count] = np.repeat(filled, each)[:count]
+            places = held[filled, None] + np.arange(each, dtype=np.int32)
+            place[start : start + count] = places.ravel()[:count]
             in_last = count - (len(filled) - 1) * each
+            held[filled] += each
+            held[filled[-1]] += in_last - each
             space.put(free, opened[needed:])
             space.put(free - each * length, filled[:-1])
             space.put(free - in_last * length, filled[-1:])
             start += count
-    by_row = np.argsort(row_of, kind="stable")
-    return order[by_row], ragged.begins(np.bincount(row_of, minlength=rows))
+    begins = ragged.begins(held[:rows])
+    found = np.empty_like(order)
+    found[begins[row_of] + place] = order
+    return found, begins
 
 
 class _Space:

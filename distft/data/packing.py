@@ -57,8 +57,10 @@ def pack(lengths: NDArray[np.int32], max_tokens: int) -> tuple[NDArray[np.int64]
             space.put(free - in_last * length, filled[-1:])
             start += count
     begins = ragged.begins(held[:rows])
+    where = begins[row_of]
+    where += place
     found = np.empty_like(order)
-    found[begins[row_of] + place] = order
+    found[where] = order
     return found, begins
 
 

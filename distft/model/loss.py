@@ -34,7 +34,8 @@ class LossModel(nn.Module):
 
     No attention mask is ever passed and no cache is ever used: either would switch off, without a word, the
     isolation of packed segments that transformers reads from ``position_ids`` (transformers#46634). On CPUs attention
-    is computed segment by segment where that is the same (:mod:`distft.model.segments`).
+    is computed segment by segment where that is the same (:mod:`distft.model.segments`), and what is cheap to compute
+    again is not kept (:mod:`distft.model.recompute`).
 
     Args:
         model: A causal language model of transformers, whose output layer is replaced by an equal one, or a

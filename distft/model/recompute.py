@@ -3,7 +3,8 @@
 Each of them is kept today, by the matrix product that it goes into, beside what it was computed from. A layer of
 SmolLM2-135M keeps 11,136 numbers a token that way and needs 5,760; computing the rest again costs no matrix product.
 This is selective activation recomputation (Korthikanti et al., arXiv 2205.05198, section 5) of elementwise operations,
-for layers that are not compiled: torch's compiler can do it by itself (``activation_memory_budget``).
+for layers on CPUs that are not compiled: torch's compiler can do it by itself (``activation_memory_budget``), and GPUs,
+where uncompiled elementwise operations take more of a step, were not measured.
 
 The forward pass is the model's own, digit by digit, and so are the operations that gradients are computed through.
 While a layer runs, torch's hooks on saved tensors know the outputs by their memory, and leave a note of how to compute
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from torch.func import functional_call
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Where activation functions are defined: in a layer no other module has neither parameters nor randomness.
+#: Where activation functions are defined.
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 
 
@@ -44,16 +45,19 @@ def recompute_elementwise(model: PreTrainedModel) -> None:
             for module in layer.modules():
                 if _is_gated(module):
                     module.forward = functools.partial(_gated, module, copy.deepcopy(module.act_fn), kept)
-                elif _is_norm(module) or type(module).__module__ in ACTIVATIONS:
+                elif _is_elementwise(module):
                     module.forward = functools.partial(_alone, module, copy.deepcopy(module), kept)
             layer.forward = functools.partial(_layer, kept, layer.forward)
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Whether it scales numbers by vectors, and does nothing else that has a state."""
+def _is_elementwise(module: nn.Module) -> bool:
+    """Whether it is an activation function, or a norm that scales by vectors; neither has another state."""
+    if [*module.children(), *module.buffers()]:
+        return False
+    if type(module).__module__ in ACTIVATIONS:
+        return True
     own = [*module.parameters()]
-    plain = not [*module.children(), *module.buffers()] and "norm" in type(module).__name__.lower()
-    return plain and bool(own) and all(each.ndim == 1 for each in own)
+    return "norm" in type(module).__name__.lower() and bool(own) and all(each.ndim == 1 for each in own)
 
 
 @torch.no_grad()
@@ -85,15 +89,18 @@ def _gated(module: Any, act: nn.Module, kept: _Kept, states: Tensor) -> Tensor:
     return found
 
 
-def _alone(module: nn.Module, twin: nn.Module, kept: _Kept, states: Tensor) -> Tensor:
+def _alone(module: nn.Module, twin: nn.Module, kept: _Kept, states: Tensor, *more: Any, **named: Any) -> Tensor:
     """By a twin, which nobody hooks; with a copy of the vectors, which ZeRO-3 takes away until the backward pass."""
     names = [name for name, _ in module.named_parameters()]
 
     def function(states: Tensor, *vectors: Tensor) -> Tensor:
-        made: Tensor = functional_call(twin, dict(zip(names, vectors, strict=True)), states)
+        made: Tensor = functional_call(twin, dict(zip(names, vectors, strict=True)), (states, *more), named)
         return made
 
-    return _again(function, kept, states, *(vector.clone() for vector in module.parameters()))
+    vectors = [vector.clone() for vector in module.parameters()]
+    if more or named:  # such as a gate, which would have to be kept as well
+        return function(states, *vectors)
+    return _again(function, kept, states, *vectors)
 
 
 def _layer(kept: _Kept, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
@@ -133,10 +140,14 @@ class _Kept:
     def __exit__(self, *_: object) -> None:
         self._outputs = None
 
-    def add(self, output: Tensor, source: Any) -> None:
-        """An output, and the node of the graph that can compute it again; nothing where whole layers are."""
-        if self._outputs is not None:
-            self._outputs[output.untyped_storage().data_ptr()] = output, source
+    def add(self, output: Tensor, source: Any, inputs: Sequence[Tensor]) -> None:
+        """An output, and the node of the graph that can compute it again; nothing where whole layers are.
+
+        What is the input itself is kept: it cannot be computed from itself.
+        """
+        place = output.untyped_storage().data_ptr()
+        if self._outputs is not None and all(one.untyped_storage().data_ptr() != place for one in inputs):
+            self._outputs[place] = output, source
 
     def pack(self, tensor: Tensor) -> Any:
         """What is kept of a tensor that an operation saves."""
@@ -170,7 +181,7 @@ class _Again(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.function, ctx.computed = function, None
         output = function(*tensors)
-        kept.add(output, ctx)
+        kept.add(output, ctx, tensors)
         return output
 
     @staticmethod

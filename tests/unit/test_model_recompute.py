@@ -127,3 +127,33 @@ def test_feed_forward_parts_of_other_kinds_are_left_as_they_are() -> None:
     LossModel(model)
     assert model.model.layers[0].mlp.forward is other
     assert model.model.layers[1].mlp.forward is not other
+
+
+def test_a_function_that_gives_its_input_back_and_a_norm_that_takes_more_are_computed_as_ever() -> None:
+    class GatedNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(32))
+
+        def forward(self, states: Tensor, gate: Tensor | None = None) -> Tensor:
+            return self.weight * states * (1 if gate is None else gate)
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = GatedNorm()
+
+        def forward(self, states: Tensor) -> Tensor:
+            return self.norm(states, gate=states.sigmoid())
+
+    def changed() -> transformers.PreTrainedModel:
+        model = tiny("gpt2")
+        for layer in model.transformer.h:
+            layer.mlp.act = transformers.activations.LinearActivation()
+            layer.ln_2 = Gated()
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        kept = gradients(plain(changed(), patch))
+    again = gradients(LossModel(changed()))
+    torch.testing.assert_close(again, kept, rtol=1e-4, atol=1e-6)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -347,6 +347,15 @@ def test_ctrl_c_is_heeded_where_a_piece_of_the_log_comes_at_the_same_moment() ->
         asyncio.run(interrupted_with_a_piece())
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell has what it starts in the background ignore SIGINT, pytest too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("ends", ["with an error", "as if complete"])
 def test_ctrl_c_is_not_hidden_by_what_a_connection_says_when_it_is_cut_off(ends: str) -> None:
     async def pieces() -> AsyncIterator[str]:

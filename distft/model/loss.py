@@ -153,7 +153,7 @@ def _compile_layers(model: PreTrainedModel) -> None:
     torch._dynamo.config.suppress_errors = True
     config.compile_threads = 1  # otherwise each rank starts as many processes more as there are cores
     # Of what a layer keeps, this share at most: elementwise operations are computed again, matrix products are not
-    # (they would be from 0.68 of Llama's and SmolLM2's layers on). It takes less time, too, on a CPU.
+    # (below 0.68 they would be, in layers such as Llama's and SmolLM2's). On a CPU it takes less time, too.
     torch._functorch.config.activation_memory_budget = 0.7
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):

@@ -20,8 +20,8 @@ def pack(lengths: NDArray[np.int32], max_tokens: int) -> tuple[NDArray[np.int64]
 
     Longest first, each into the fullest row that still holds it; each segment lies whole in one row. Segments of one
     length are placed together: a row with room for m of them takes m before the next one does, as it is the fullest
-    that holds them. So the work is one sort in linear
-    time, and array steps of which there are few for each length.
+    that holds them. So the work is one sort, in linear time
+    for rows of up to 65,535 tokens, and array steps of which there are few for each length.
 
     Args:
         lengths: Tokens of each segment, 1 .. ``max_tokens``.

@@ -1,7 +1,7 @@
 """What is cheap to compute again is not kept for the backward pass: outputs of norms and of activation functions.
 
 Otherwise each of them is kept, by the matrix product that it goes into, beside what it was computed from. A layer of
-SmolLM2-135M keeps 11,136 numbers a token that way, by count, and needs 5,760; computing the rest again costs no matrix product.
+SmolLM2-135M keeps 11,136 numbers a token that way, by count, and needs 5,760; the rest costs no matrix product again.
 This is selective activation recomputation (Korthikanti et al., arXiv 2205.05198, section 5) of elementwise operations,
 for layers on CPUs that are not compiled: torch's compiler can do it by itself (``activation_memory_budget``), and GPUs,
 where uncompiled elementwise operations take more of a step, were not measured.

@@ -97,13 +97,13 @@ def _dequantised(path: Path, address: str) -> Path:
             where=address,
             fix="model.source is a hub id, a folder with config.json and model.safetensors, or a .gguf file",
         )
-    from distft.model.gguf_file import convert
-
     place = _place(path)
     models = place.parent
     models.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
         if not place.is_dir():
+            from distft.model.gguf_file import convert
+
             logger.info("dequantising %s (first time)", path.name)
             with tempfile.TemporaryDirectory(dir=models) as temporary:
                 made = Path(temporary) / "model"

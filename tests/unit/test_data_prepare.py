@@ -7,6 +7,8 @@ import os
 import platform
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,6 +239,17 @@ def test_a_second_time_costs_nothing_and_damage_is_repaired(
         assert prepare(one_job, model_folder) == folder
         assert contents(folder) == before
     assert caplog.text.count("is made again") == 4
+
+
+def test_reading_rows_imports_no_pandas(tmp_path: Path, model_folder: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts(40)])
+    code = (
+        "import sys; from pathlib import Path; from distft.data.store import Prepared;"
+        "rows = list(Prepared.open(Path(sys.argv[1])).rows('train'));"
+        "sys.exit(not rows or 'pandas' in sys.modules)"
+    )
+    folder = prepare(job(tmp_path), model_folder)
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=60)
 
 
 def test_the_key_is_of_content(tmp_path: Path, model_folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -198,6 +200,12 @@ def test_a_gguf_file_becomes_a_folder_once(tmp_path: Path, cache: Path) -> None:
     assert [path.name for path in (cache / "models").iterdir() if path.is_dir()] == [found[0].name]
     stamp = (found[0] / "config.json").stat().st_mtime_ns
     assert (materialise(section("tiny.gguf"), tmp_path) / "config.json").stat().st_mtime_ns == stamp
+    code = (  # what reads GGUF files takes 10 MB of a rank
+        "import sys; from pathlib import Path; from distft.config import ModelSection;"
+        "from distft.model import materialise; materialise(ModelSection(source='tiny.gguf'), Path(sys.argv[1]));"
+        "sys.exit('gguf' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
 
     model = load_model(found[0], torch.float32)
     np.testing.assert_array_equal(model.model.layers[1].mlp.down_proj.weight.detach(), weights["blk.1.ffn_down.weight"])

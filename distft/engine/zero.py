@@ -89,6 +89,8 @@ class ZeroEngine:
             # its bias for one step too many from then on (the loss was 0.7 % off after 20 steps). Remove when
             # FP16_UnfusedOptimizer.initialize_optimizer_states makes no step (0.19.8 does).
             self._engine.basic_optimizer.state.clear()
+        if settings.stage > 0 and settings.dtype == torch.float32 and settings.offload == "none":
+            shares.step_weights_in_place(self._engine.optimizer, settings, world)
 
     def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> list[float]:
         """See :class:`~distft.engine.protocol.Engine`."""

@@ -7,7 +7,8 @@ What is kept of a parameter follows ZeRO (Rajbhandari et al., arXiv 1910.02054, 
 precision s P for weights, and 4 Q for each of fp32 weights, gradient and Adam's two moments. Where the published
 formulas and DeepSpeed 0.19.8 part, this counts what DeepSpeed does with the settings of :mod:`distft.engine.zero`
 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``bf16_optimizer.py``, ``fp16/unfused_optimizer.py``): fp32 copies of
-fp32 weights from stage 1 on, gradients summed and sent in fp32, whole buckets of them at stages 0 to 2.
+fp32 weights where optimizer state is offloaded, gradients summed and sent in fp32, whole buckets of them at stages 0
+to 2.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def _state(shape: Shape, trained: int, setup: Setup) -> dict[str, int]:
     """What is kept from step to step but for gradients: ZeRO, arXiv 1910.02054, section 5."""
     adapter = 0 if trained == shape.parameters else trained
     weights = _weight_bytes(shape, setup) + adapter * setup.bytes
-    plain = setup.stage == 0 and setup.bytes == 4  # the optimizer steps the weights themselves
+    plain = setup.bytes == 4 and (setup.stage == 0 or setup.offload == "none")  # they are stepped where they lie
     share = _share(trained, setup)
     bucket = (
         {"bucket": setup.bytes * _bucket_elements(trained, setup)} if setup.stage == 3 else {}

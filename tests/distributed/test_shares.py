@@ -1,0 +1,39 @@
+"""What a rank's optimizer holds is held once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distft.world import World
+from tests.support import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def held_once(folder: str) -> list[bool]:
+    """At ZeRO 1, 2 and 3: whether what the optimizer steps, after an update, lies in the memory of the weights."""
+    import torch
+
+    from distft import engine as engines
+    from distft.engine.shares import holdings
+    from distft.model import Batch, LossModel, load_model
+
+    world, found = World.from_environment(), []
+    for stage in (1, 2, 3):
+        model = LossModel(load_model(Path(folder), torch.float32))
+        settings = engines.Settings(stage=stage)
+        engine = engines.open(model, settings, world)
+        engine.forward_backward(Batch.empty(4), 1.0, last=True, seed=0)
+        engine.step(1e-3)
+        weights = (getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters())
+        memory = {weight.untyped_storage().data_ptr() for weight in weights}
+        owned = [one.owner for one in holdings(engine._engine, engine._trained, settings, world)]  # type: ignore[attr-defined]
+        found.append(bool(owned) and all(owner.untyped_storage().data_ptr() in memory for owner in owned))
+        engine.close()
+    return found
+
+
+def test_fp32_weights_are_held_once(home: Path) -> None:
+    assert run_ranks(held_once, 2, str(home / "model")) == [[True] * 3] * 2

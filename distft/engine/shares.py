@@ -64,7 +64,8 @@ def _stage_3(optimizer: Any, trained: Trained, world: World) -> Iterator[Holding
 def step_weights_in_place(optimizer: Any, settings: Settings, world: World) -> None:
     """Lets the optimizer of ZeRO 1 to 3 step fp32 weights where they lie, not copies of them (4 bytes for each).
 
-    DeepSpeed means to at stage 3, but compares a device with its name there, so that it never does (0.19.8).
+    DeepSpeed means to at stage 3, but compares a device with its name there, so that it never does (0.19.8); remove
+    when it shares them at all three.
     """
     if settings.stage == 3:
         weights, copies = optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat

@@ -1,9 +1,10 @@
 """Training on one GPU: MFU, peak memory and the planner's error, with and without each optimisation.
 
 ``python benchmarks/gpu.py --minutes 12`` needs a checkout, torch, transformers and psutil; peft for LoRA, DeepSpeed for
-ZeRO and Ray for the cases under Ray Train, which are passed over where those are missing. Models are Llamas with the
-sizes of real ones and random weights. Each case runs in a process of its own, so that running out of memory ends that
-case alone; what is known already is not measured again, so that a run that was cut short goes on.
+ZeRO and Ray for the cases under Ray Train, which are passed over where those are missing. Most cases are measured by
+DeepSpeed, as distft trains on one GPU too; beside them stands the reference engine, which needs none. Models are Llamas
+with the sizes of real ones and random weights. Each case runs in a process of its own, so that running out of memory
+ends that case alone; what is known already is not measured again, so that a run that was cut short goes on.
 
 Tokens are random, in packed rows of 4,096 with documents of 128 to 2,048 tokens, or whole rows of one document.
 MFU is of the peak in the maker's data sheet, by the operations that :mod:`distft.plan.speed` counts: attention within
@@ -163,8 +164,8 @@ def cases() -> list[Case]:
         replace(tiny, engine="zero"),
         replace(tiny, engine="zero", stage=3),
     ]
-    one, three = Case("1B", rows=4, batch_size=16), Case("3B", rows=2)
-    eight, small = Case("8B", rows=2, lora=True), Case("135M", rows=4, batch_size=16)
+    one, three = Case("1B", rows=4, batch_size=16, engine="zero"), Case("3B", rows=2, engine="zero")
+    eight, small = Case("8B", rows=2, lora=True, engine="zero"), Case("135M", rows=4, batch_size=16, engine="zero")
     goals = [replace(each, documents=False, compiled=how) for how in (False, True) for each in (one, three, eight)]
     ways = [
         one,
@@ -186,13 +187,13 @@ def cases() -> list[Case]:
         replace(eight, attention="sdpa"),
         replace(eight, compiled=True),
         replace(eight, checkpointing=True, rows=4),
-        replace(one, lora=True),
+        *(replace(each, lora=True) for each in (small, one, three)),
     ]
-    zero = [replace(one, engine="zero", stage=stage) for stage in (0, 1, 3)]
-    zero += [replace(eight, engine="zero", stage=1), replace(three, engine="zero", stage=3)]
-    zero += [replace(each, engine="zero", stage=stage, offload="cpu") for each in (one, three) for stage in (2, 3)]
-    under_ray = [replace(one, engine="zero", ray=True), replace(one, ray=True)]
-    return [*same, *goals, *ways, *zero, *under_ray]
+    reference = [replace(each, engine="plain", documents=False) for each in (one, three, eight)]
+    stages = [replace(each, stage=stage) for each in (small, one, three, eight) for stage in (1, 3)]
+    offload = [replace(each, stage=stage, offload="cpu") for each in (one, three) for stage in (2, 3)]
+    offload.append(replace(eight, lora=False, rows=1, checkpointing=True, stage=3, offload="cpu"))
+    return [*same, *goals, *reference, *ways, *stages, *offload, replace(one, ray=True)]
 
 
 def lacking(case: Case) -> str | None:
@@ -302,13 +303,13 @@ def measure(case: Case, device_type: str) -> dict[str, Any]:
 def step(engine: engines.Engine, passes: Sequence[tuple[Batch, list[int]]], learning_rate: float) -> float:
     """One update; the mean loss of the targets. The norm that it ends with is waited for."""
     targets = sum(batch.supervised_tokens for batch, _ in passes)
-    total = 0.0
+    losses = []
     for number, (batch, _) in enumerate(passes):
-        total += sum(engine.forward_backward(batch, 1 / targets, last=number == len(passes) - 1, seed=number))
+        losses.append(engine.forward_backward(batch, 1 / targets, last=number == len(passes) - 1, seed=number))
     engine.step(learning_rate)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return total / targets
+    return float(torch.cat(losses).sum()) / targets
 
 
 def kernels(

@@ -7,6 +7,8 @@ the steps after the first; memory is the most that a rank held.
 
 - ``--rows full``: each row is a single text that fills it, so that nobody pads, and isolating texts in a row, which
   only some do, changes nothing: the losses of the same step must agree.
+- ``--same-settings``: peers get the settings of ZeRO too that distft chooses on CPUs: its small buckets, and no
+  scattering of sums. Otherwise they have DeepSpeed's own, as their users have who do not tune them.
 - ``--rows packed``: rows of paragraphs. All get the rows that distft packed, with positions that keep texts apart, but
   TRL, which packs the same texts itself. Ray's example, which pads each text to a row, is left out.
 """
@@ -34,11 +36,14 @@ from distft.config import Job
 from distft.data.order import Order
 from distft.data.store import Prepared, Rows
 from distft.model import IGNORED, Batch, materialise
+from distft.plan.memory import BUCKET
 from distft.runs import training_curve
 from distft.task.prepare import prepare
 from distft.world import cache_folder
 
 COMMON = ("transformers==5.23.0", "deepspeed==0.19.8", "torch==2.13.0", "ninja")
+#: What distft sets of DeepSpeed's ``zero_optimization`` on CPUs, where that changes time and memory alone.
+OUR_ZERO = {"reduce_bucket_size": BUCKET["cpu"], "reduce_scatter": False}
 #: Seeds that are looked through for one with which a run meets full rows only.
 SEEDS = 100_000
 
@@ -156,7 +161,8 @@ def theirs(name: str, python: Path, arguments: argparse.Namespace, model: Path, 
     one = PEERS[name]
     words = [str(ROOT / "benchmarks" / "peers" / one.script), "--model", str(model), "--rows", str(rows)]
     words += ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
-    words += ["--dtype", arguments.dtype, "--out", str(rows.parent / name)]
+    words += ["--dtype", arguments.dtype, "--zero", json.dumps(OUR_ZERO if arguments.same_settings else {})]
+    words += ["--out", str(rows.parent / name)]
     output = torchrun(python, *words) if one.ranks else command_output([str(python), *words], python, PYTHONPATH="")
     found: dict[str, Any] = json.loads(next(line for line in output.splitlines()[::-1] if line.startswith("{")))
     return found
@@ -233,9 +239,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--seed", type=int, default=17, help=argparse.SUPPRESS)  # another is looked for, see full_rows
     made.add_argument("--rows", choices=("full", "packed"), default="full", help="one text a row, or paragraphs")
+    made.add_argument("--same-settings", action="store_true", help="peers get our settings of ZeRO")
     made.add_argument("--only", nargs="*", default=list(PEERS), choices=PEERS, help="peers; all by default")
     made.add_argument("--environments", type=Path, default=cache_folder() / "benchmarks", help="a folder for them")
-    made.add_argument("--out", type=Path, help="[benchmarks/baselines/peers-ROWS-DTYPE.json]")
+    made.add_argument("--out", type=Path, help="[benchmarks/baselines/peers-ROWS-DTYPE[-same-settings].json]")
     return made
 
 
@@ -262,7 +269,8 @@ def main(words: Sequence[str] | None = None) -> None:
     setting = {name: value for name, value in vars(arguments).items() if isinstance(value, int | str)}
     packages = {name: PEERS[name].packages for name in names}
     document = {"provenance": provenance(), "peers": packages, "setting": setting, **result, "runs": seen}
-    path = arguments.out or ROOT / "benchmarks" / "baselines" / f"peers-{arguments.rows}-{arguments.dtype}.json"
+    named = f"peers-{arguments.rows}-{arguments.dtype}{'-same-settings' if arguments.same_settings else ''}.json"
+    path = arguments.out or ROOT / "benchmarks" / "baselines" / named
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(as_table(result))
 

@@ -4,7 +4,8 @@
 configuration, under torchrun on this machine, and reads each run's ``plan.json``; then all of them once more. The error
 is told as predicted from formulas and data sheets alone; as corrected by the other configurations (each is left out of
 its own correction): what a user gets who never ran such a job here; and in the second round as corrected by the first,
-where the same configuration was run: what a user gets from then on.
+where the same configuration was run: what a user gets from then on. Beside it stands what ``distft plan`` told before
+each run, corrected by whatever was run on this machine until then.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.provenance import provenance
-from benchmarks.short_runs import ROOT, torchrun
+from benchmarks.short_runs import ROOT, command_output, torchrun
 from distft.config import Job
 from distft.model import materialise
 from distft.model.shrink import shrink
@@ -92,9 +93,9 @@ def make_small(to: Path) -> Path:
     return to
 
 
-def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dict[str, Any]:
-    """Trains for a few steps; the run's ``plan.json``."""
-    settings = [
+def settings(one: Configuration, model: Path | None, steps: int) -> list[str]:
+    """What a configuration is on the command line."""
+    chosen = [
         f"zero.stage={one.stage}",
         f"cluster.workers={one.workers}",
         f"train.micro_batch_size={one.micro_batch}",
@@ -107,9 +108,26 @@ def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dic
         "track.tensorboard=false",
         *([] if model is None else [f"model.source={model}", "model.sha256=null"]),
     ]
+    return [word for each in chosen for word in ("--set", each)]
+
+
+def planned(one: Configuration, model: Path | None, steps: int) -> dict[str, float]:
+    """What ``distft plan`` tells of a configuration."""
+    python = Path(sys.executable)
+    command = [str(python), "-m", "distft", "plan", str(JOB), "--json", *settings(one, model, steps)]
+    told = json.loads(command_output(command, python, PYTHONPATH=str(ROOT)))
+    (chosen,) = (each for each in told["plans"] if each["chosen"])
+    return {"memory": chosen["device_bytes"], "seconds": chosen["step_seconds"]}
+
+
+def train(one: Configuration, model: Path | None, steps: int, runs: Path) -> dict[str, Any]:
+    """Trains for a few steps; the run's ``plan.json``, and what was planned before."""
+    before = planned(one, model, steps)
     words = ["-m", "distft.train", str(JOB), "--name", one.name, "--runs", str(runs)]
-    torchrun(Path(sys.executable), *words, *(word for each in settings for word in ("--set", each)), ranks=one.workers)
+    torchrun(Path(sys.executable), *words, *settings(one, model, steps), ranks=one.workers)
     found: dict[str, Any] = json.loads((runs / one.name / "plan.json").read_text())
+    measured = {"memory": found["measured"]["peak_memory_bytes"], "seconds": found["measured"]["step_seconds"]}
+    found["error_of_the_command"] = {name: before[name] / measured[name] - 1 for name in measured}
     shutil.rmtree(runs / one.name)  # two checkpoints of 1.6 GB
     return found
 
@@ -157,11 +175,13 @@ def told(
     seen = [observation(plan, one.name) for one, plan in zip(chosen, plans, strict=True)]
     moments = [plan["predicted"]["peak_moment"] for plan in plans]
     processes = [plan["predicted"]["memory"][moment]["process"] for plan, moment in zip(plans, moments, strict=True)]
+    found = [
+        of_it | {f"{name}_by_command": value for name, value in plan["error_of_the_command"].items()}
+        for of_it, plan in zip(errors(seen, processes, before), plans, strict=True)
+    ]
     return [
-        {**asdict(one), "moment": moment, "process": process, "observation": asdict(what), "error": found}
-        for one, moment, process, what, found in zip(
-            chosen, moments, processes, seen, errors(seen, processes, before), strict=True
-        )
+        {**asdict(one), "moment": moment, "process": process, "observation": asdict(what), "error": of_it}
+        for one, moment, process, what, of_it in zip(chosen, moments, processes, seen, found, strict=True)
     ]
 
 
@@ -183,7 +203,7 @@ def main() -> None:
                 plans.append(
                     train(one, None if one.model == REAL else small, arguments.steps, Path(temporary) / "runs")
                 )
-                print(one.name, json.dumps(plans[-1]["error"]), flush=True)
+                print(one.name, json.dumps(plans[-1]["error"] | plans[-1]["error_of_the_command"]), flush=True)
             before = [Observation(**result["observation"]) for results in rounds for result in results]
             rounds.append(told(chosen, plans, before))
             document = {"provenance": provenance(), "steps": arguments.steps, "rounds": rounds}

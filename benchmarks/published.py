@@ -23,7 +23,10 @@ from distft.plan.speed import EFFICIENCY, Rates, step_time
 ROOT = Path(__file__).parents[1]
 
 LLM_FOUNDRY = "mosaicml/llm-foundry c90b9b3, scripts/train/benchmarking/README.md, H100 80GB BF16"
-TORCHTITAN = "pytorch/torchtitan 31a17bf, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3"
+TORCHTITAN = (
+    "pytorch/torchtitan 31a17bf, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3; on H100s of 96 GB HBM2e, "
+    "2.4 TB/s and 500 W, which are predicted as SXM ones of 700 W"
+)
 NEMO = "NVIDIA NeMo AutoModel performance summary, 2025-10-02, fine-tuning (LoRA), DGX-H100"
 
 
@@ -116,10 +119,32 @@ ROWS = (
         Published(LLM_FOUNDRY, "FSDP", "MPT-7B", devices, 2048, 6, 1, speed)
         for devices, speed in ((8, 10643), (128, 10475), (256, 10119), (512, 9670))
     ),
-    Published(TORCHTITAN, "FSDP, compiled, part of the activations again", "Llama 3.1 8B", 8, 8192, 2, 1, 6667),
-    Published(TORCHTITAN, "FSDP, compiled, part of the activations again", "Llama 3.1 8B", 128, 8192, 2, 1, 6514),
-    Published(TORCHTITAN, "FSDP, part of the activations again", "Llama 3.1 8B", 8, 8192, 2, 1, 5762),
-    Published(TORCHTITAN, "FSDP, part of the activations again", "Llama 3.1 8B", 128, 8192, 2, 1, 5605),
+    Published(
+        TORCHTITAN,
+        "FSDP, compiled, part of the activations again",
+        "Llama 3.1 8B",
+        8,
+        8192,
+        2,
+        1,
+        6667,
+        gradient_bytes=4,
+    ),
+    Published(
+        TORCHTITAN,
+        "FSDP, compiled, part of the activations again",
+        "Llama 3.1 8B",
+        128,
+        8192,
+        2,
+        1,
+        6514,
+        gradient_bytes=4,
+    ),
+    Published(TORCHTITAN, "FSDP, part of the activations again", "Llama 3.1 8B", 8, 8192, 2, 1, 5762, gradient_bytes=4),
+    Published(
+        TORCHTITAN, "FSDP, part of the activations again", "Llama 3.1 8B", 128, 8192, 2, 1, 5605, gradient_bytes=4
+    ),
     *(
         Published(NEMO, "LoRA, TP 2, PP 4", "Llama 3 70B", *how, adapter=True, reason=_SPLIT_OTHERWISE)
         for how in ((8, 4096, 1, 4, 608.42), (16, 4096, 1, 2, 640.95))

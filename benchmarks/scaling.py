@@ -78,7 +78,8 @@ class Measured:
         point: It.
         nodes: Machines that the workers were on.
         tokens_per_second: Over all workers: median, low, high.
-        efficiency: Of the speed of the fewest workers at this stage, by worker: median, low, high.
+        efficiency: Of the speed of the fewest workers at this stage, by worker: median, low, high, in which both
+            speeds are uncertain.
         step_seconds: Median.
         communication: The share of a step that the same passes on one worker do not take; None where there is none.
         peak_memory_bytes: Of a rank, the most.
@@ -137,6 +138,14 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), float(low), float(high)
 
 
+def ratio_interval(values: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """The ratio of two medians, and its 95 % interval by the same bootstrap, drawn from each by itself."""
+    draw = np.random.default_rng(0)
+    drawn = [np.median(draw.choice(np.asarray(one), size=(RESAMPLES, len(one))), axis=1) for one in (values, base)]
+    low, high = np.percentile(drawn[0] / drawn[1], [2.5, 97.5])
+    return statistics.median(values) / statistics.median(base), float(low), float(high)
+
+
 def zero_bytes(parameters: int, trained: int, stage: int, workers: int, dtype: str) -> int:
     """Weights, gradients and optimizer by ZeRO's formula: ``(2 + 2 + 12) Psi`` in bf16, ``(4 + 4 + 8) Psi`` in fp32."""
     weight, state = (2, 12) if dtype == "bf16" else (4, 8)
@@ -174,17 +183,16 @@ def _measured(
     curves: dict[Point, list[list[dict[str, Any]]]],
 ) -> Measured:
     steps = [step for curve in each for step in curve]
-    whole = interval(speed)
-    one_worker = statistics.median(speeds[base]) / base.workers
-    efficiency = tuple(value / point.workers / one_worker for value in whole)
+    ratio = (1.0, 1.0, 1.0) if point == base else ratio_interval(speed, speeds[base])
+    low, middle, high = (value * base.workers / point.workers for value in (ratio[1], ratio[0], ratio[2]))
     plan = folders[0] / "plan.json"
     predicted = read_json(plan)["predicted"] if plan.exists() else None
     resolved = read_json(folders[0] / "resolved.json")["decisions"]
     return Measured(
         point,
         nodes_of(Run(folders[0])),
-        whole,
-        (efficiency[0], efficiency[1], efficiency[2]),
+        interval(speed),
+        (middle, low, high),
         statistics.median(step["step_seconds"] for step in steps),
         _communication(point, base, curves),
         max(int(step["peak_memory_bytes"]) for step in steps),
@@ -320,7 +328,10 @@ def main(words: Sequence[str] | None = None) -> None:
     print(as_table(measured))
     largest = max(arguments.workers)
     print(f"\nWritten to {arguments.out}: scaling.json, scaling.md, {', '.join(path.name for path in pictures)}")
-    print("The same on 64 GPUs, from a machine of their Ray cluster:")
+    print(
+        "The same on 64 GPUs, from a machine of their Ray cluster (with 1 among --workers, where a GPU holds the job,"
+    )
+    print("it tells the share of communication too):")
     scaled = batch_size * max(1, 64 // largest)
     print(f"  python -m benchmarks.scaling {arguments.job} --workers 8 16 32 64 --stages 1 2 3 --batch-size {scaled}")
 

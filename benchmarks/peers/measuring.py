@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, required=True)
     made.add_argument("--batch-size", type=int, required=True, help="rows of a step, over all ranks")
     made.add_argument("--dtype", choices=("fp32", "bf16"), required=True)
+    made.add_argument("--zero", type=json.loads, default={}, help="settings of DeepSpeed's ZeRO besides, as JSON")
     made.add_argument("--out", default="out", help="a folder for what a peer writes")
     return made
 
@@ -53,7 +54,7 @@ def deepspeed_settings(arguments: argparse.Namespace, ranks: int) -> dict[str, A
         "gradient_accumulation_steps": arguments.batch_size // ranks,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": arguments.dtype == "bf16"},
-        "zero_optimization": {"stage": 2, "overlap_comm": False},
+        "zero_optimization": {"stage": 2, "overlap_comm": False, **arguments.zero},
         "zero_allow_untested_optimizer": True,
     }
 

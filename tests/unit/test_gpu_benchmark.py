@@ -33,6 +33,15 @@ def test_each_case_has_a_name_of_its_own_and_survives_json() -> None:
     assert [Case(**json.loads(json.dumps(asdict(case)))) for case in cases()] == cases()
 
 
+def test_what_users_train_with_is_what_the_goals_are_measured_by() -> None:
+    """DeepSpeed; and each goal by the reference engine as well, where DeepSpeed is not installed."""
+    large = [case for case in cases() if case.model != "tiny"]
+    plain = {(case.model, case.lora) for case in large if case.engine == "plain"}
+    assert {(case.model, case.lora) for case in large if case.engine == "zero" and not case.documents} == plain
+    for lora in (False, True):
+        assert {case.model for case in large if case.lora == lora} == {"135M", "1B", "3B", "8B"}
+
+
 @pytest.mark.parametrize("model", ["135M", "1B", "3B", "8B"])
 def test_models_have_the_sizes_that_their_names_promise(model: str) -> None:
     """134.5 M, 1.24, 3.21 and 8.03 billion, as their model cards say."""

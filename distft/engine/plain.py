@@ -45,7 +45,7 @@ class PlainEngine:
             groups = [{**group, "params": [pairs[weight] for weight in group["params"]]} for group in groups]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0)
 
-    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> list[float]:
+    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> Tensor:
         """See :class:`~distft.engine.protocol.Engine`."""
         torch.manual_seed(seed)
         self._model.train()

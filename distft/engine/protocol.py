@@ -60,7 +60,7 @@ class Engine(Protocol):
     world: World
     device: torch.device
 
-    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> list[float]:
+    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> Tensor:
         """Adds a micro-batch to the gradient of the step.
 
         Over all ranks and passes the gradient is that of ``scale`` times the sum of all token losses: with ``scale``
@@ -73,7 +73,8 @@ class Engine(Protocol):
             seed: Seeds dropout, so that it is a function of the step and the micro-batch, not of the rank.
 
         Returns:
-            The sum of each row's token losses, unscaled: (B,), 0 for a row without any; nothing for an empty batch.
+            The sum of each row's token losses, unscaled: (B,) in fp64, 0 for a row without any; (0,) for an empty
+            batch. It is on the device, which need not be done with the pass yet.
         """
         ...
 
@@ -153,7 +154,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]  # an adapter has matrices only, and DeepSpeed no empty groups
 
 
-def row_losses(batch: Batch, rows: Tensor) -> list[float]:
+def row_losses(batch: Batch, rows: Tensor) -> Tensor:
     """What :meth:`Engine.forward_backward` returns, of a loss model's row losses."""
-    losses: list[float] = [] if batch.is_empty else rows.tolist()
-    return losses
+    return rows[:0] if batch.is_empty else rows

@@ -92,7 +92,7 @@ class ZeroEngine:
         if settings.stage > 0 and settings.dtype == torch.float32 and settings.offload == "none":
             shares.step_weights_in_place(self._engine.optimizer, settings, world)
 
-    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> list[float]:
+    def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> Tensor:
         """See :class:`~distft.engine.protocol.Engine`."""
         torch.manual_seed(seed)
         self._engine.train()

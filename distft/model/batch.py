@@ -63,13 +63,13 @@ class Batch:
         return Batch(self.input_ids[:, part], self.position_ids[:, part], self.labels[:, part], self.is_empty)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.is_empty,
-        )
+        """The same batch on another device; a GPU copies it when it comes to that, and nothing waits for it."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            pinned = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+
+        return Batch(moved(self.input_ids), moved(self.position_ids), moved(self.labels), self.is_empty)
 
     @classmethod
     def collate(cls, rows: Sequence[Row], pad_id: int, width: int | None = None) -> Batch:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from distft.data.order import Order, sample_digest
 from distft.data.store import Rows
@@ -289,6 +291,8 @@ def _row_losses(
     """Runs this rank's passes of a step; the loss sums of its rows in their places among the step's, (rows,)."""
     engine, size = training.engine, training.plan.micro_batch_size
     losses = np.zeros(len(indices))
+    found: list[Tensor] = []
+    places: list[int] = []
     for turn, part in enumerate(micro_batches):
         began = time.perf_counter()
         batch = batch_of(training.rows, part, training.pad_id, training.width)
@@ -296,7 +300,10 @@ def _row_losses(
         place = turn * engine.world.size + engine.world.rank
         seed = micro_batch_seed(training.seed, number, place)
         last = turn == len(micro_batches) - 1
-        losses[place * size : place * size + len(part)] = engine.forward_backward(batch, scale, last=last, seed=seed)
+        found.append(engine.forward_backward(batch, scale, last=last, seed=seed))
+        places.extend(range(place * size, place * size + len(part)))
+    if places:  # after all passes: a GPU computes one while the next one's batch is made
+        losses[places] = torch.cat(found).numpy(force=True)
     return losses
 
 

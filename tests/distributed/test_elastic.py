@@ -114,7 +114,7 @@ def train(engine: Any, steps: Iterable[int]) -> list[list[float]]:
                 rows = slice(2 * number, 2 * number + 2)
                 batch = Batch(ids[rows], positions[rows], labels[rows])
             losses = engine.forward_backward(batch, 1 / tokens, last=turn == turns - 1, seed=97 * step + number)
-            total += sum(losses)
+            total += float(losses.sum())
         (loss,) = engine.sum_over_ranks([total / tokens])
         curve.append([loss, engine.step(3e-3)])
     return curve

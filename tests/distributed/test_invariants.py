@@ -190,7 +190,8 @@ def empty_batches(folder: str) -> list[list[Any]]:
             model = LossModel(load_model(Path(folder) / "model", torch.float32))
             engine = engines.open(model, engines.Settings(stage=stage), world)
             losses = [
-                sum(engine.forward_backward(batch, 1 / 92, last=batch is batches[-1], seed=0)) for batch in batches
+                float(engine.forward_backward(batch, 1 / 92, last=batch is batches[-1], seed=0).sum())
+                for batch in batches
             ]
             norm = engine.step(1e-3)
             after = float(engine.losses(real).sum())

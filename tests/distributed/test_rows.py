@@ -139,7 +139,7 @@ def losses_of_neighbours(folder: str) -> list[list[float]]:
         before, after = (engine.losses(batch(one))[0] for one in (row, replace(row, input_ids=ids)))
         change = ((after - before).abs() / before.abs().clamp(min=1e-3)).tolist()
         sums = [
-            sum(engine.forward_backward(batch(replace(one, supervised=quiet)), 0.01, last=False, seed=0))
+            float(engine.forward_backward(batch(replace(one, supervised=quiet)), 0.01, last=False, seed=0))
             for one in (row, replace(row, input_ids=ids))
         ]
         through = [

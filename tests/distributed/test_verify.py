@@ -68,7 +68,7 @@ def mean_of_means() -> None:
         count = math.ceil(len(indices) / self.micro_batch_size)
         return divide(self, indices, rank)
 
-    def forward_backward(self: ZeroEngine, batch: Any, scale: float, **how: Any) -> list[float]:
+    def forward_backward(self: ZeroEngine, batch: Any, scale: float, **how: Any) -> Any:
         return forward(self, batch, 1 / (count * max(1, batch.supervised_tokens)), **how)
 
     BatchPlan.micro_batches = micro_batches  # type: ignore[method-assign]

@@ -217,7 +217,7 @@ def train_reference(trial: Trial) -> None:
         record = {
             "kind": "train",
             "step": step,
-            "loss": sum(loss for (loss,) in losses) / supervised,
+            "loss": sum(float(loss) for loss in losses) / supervised,
             "grad_norm": engine.step(rate),
             "sample_digest": plan.digest(rows),
         }

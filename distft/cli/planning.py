@@ -84,7 +84,7 @@ def plan(
         loaded,
         subject,
         first_setup(loaded, hardware, choices, machines),
-        _rates(hardware, listed, choices.dtype.value).over(links),
+        _rates(hardware, listed, choices.dtype.value, per_node, loaded.cluster.threads).over(links),
         Room.of(hardware, per_node),
         seen=calibration.read(calibration.calibration_path(), calibration.key_of(hardware, choices.dtype.value)),
         workload=workload,
@@ -129,20 +129,19 @@ def _links(hardware: Hardware) -> Links | None:
         return None
 
 
-def _rates(hardware: Hardware, listed: Device | None, dtype: str) -> Rates:
-    """From the table, or measured here, for which torch is loaded."""
+def _rates(hardware: Hardware, listed: Device | None, dtype: str, workers_per_node: int, threads: int) -> Rates:
+    """A worker's, from the table, or measured here, for which torch is loaded."""
     from distft.plan.speed import EFFICIENCY, Rates
 
     if listed is not None:
         return Rates.of(listed, dtype)
     from distft.model import DTYPES
-    from distft.plan.hardware import peak_flops
+    from distft.plan.hardware import peak_flops, share_of_peak
 
+    if hardware.device_type == "cpu":
+        return Rates.of_cpu(share_of_peak(hardware, DTYPES[dtype], workers_per_node, threads))
     measured = peak_flops(hardware, DTYPES[dtype]).flops
-    rates = Rates.of_cpu(measured)
-    return (
-        rates if hardware.device_type == "cpu" else Rates(measured, EFFICIENCY["cuda"], 1e12, 32e9, 1e9, (5e-6, 15e-6))
-    )
+    return Rates(measured, EFFICIENCY["cuda"], 1e12, 32e9, 1e9, (5e-6, 15e-6))
 
 
 def _workload(job: Job) -> Workload:
@@ -162,8 +161,9 @@ def _workload(job: Job) -> Workload:
         folder = None
     if folder is None:
         return Workload.of(job, None, None)
-    card = Prepared.open(folder).card
-    return Workload.of(job, card["packed"]["train"], card["tokens"]["train"]["all"])
+    prepared = Prepared.open(folder)
+    rows, card = prepared.rows("train"), prepared.card
+    return Workload.of(job, len(rows), card["tokens"]["train"]["all"], rows.attended_tokens() if len(rows) else None)
 
 
 def _show(facts: dict[str, Any], made: Sequence[Estimate], workload: Workload, hardware: Hardware) -> None:

@@ -82,8 +82,9 @@ _HPZ = (
     "not built yet: ZeRO++'s second partition of the weights in each node; zero.stage: 3 gathers them from all workers"
 )
 _SEQUENCE_PARALLEL = (
-    "not here: over rows split between workers DeepSpeed's Ulysses drops the mask that keeps packed texts apart; "
-    "for rows too long for a device there are train.activation_checkpointing and zero.stage: 3"
+    "not built yet: DeepSpeed's Ulysses drops the mask that keeps packed texts apart, unless attention reads positions,"
+    " and needs a number of heads that the workers divide; for rows too long for a device there are "
+    "train.activation_checkpointing and zero.stage: 3"
 )
 
 WITHOUT = {

@@ -242,9 +242,11 @@ class ZeroSection(Section):
     """What ZeRO shards over the workers, and where it keeps it (arXiv 1910.02054)."""
 
     stage: Annotated[int, Field(ge=0, le=3)] | Literal["auto"] = "auto"
-    """Sharded: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights; auto: the lowest that fits."""
-    offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where optimizer states are kept: none (on the device), cpu (host memory) or nvme."""
+    """Sharded: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights; auto: 2, or 3 where that does not fit;
+    0 for one worker."""
+    offload: Literal["none", "cpu", "nvme", "auto"] = "none"
+    """Where optimizer states are kept: none (on the device), cpu (host memory) or nvme; auto: on the device where they
+    fit, else in host memory."""
 
 
 class ClusterSection(Section):
@@ -257,13 +259,19 @@ class ClusterSection(Section):
     resources_per_worker: Annotated[
         dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1, default_factory=lambda: {"CPU": 1.0})
     ]
-    """Ray resources of each worker: {CPU: 1}, and GPU: 1 where there are GPUs."""
+    """Ray resources of each worker: {CPU: 1}, and GPU: 1 where there are GPUs; on a CPU it computes with so many
+    threads."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Times that workers are started again after a failure; preemptions and running out of memory do not count."""
     stall_seconds: Positive | Literal["auto"] = "auto"
     """Time without a step after which workers are looked at and started again; auto: 10 median steps, at least 60 s."""
     wait_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Time that the nodes of a cluster that grows by itself have to come; 0: what is there now must be enough."""
+
+    @property
+    def threads(self) -> int:
+        """With which a worker computes on a CPU: one for each CPU that it holds."""
+        return max(1, int(self.resources_per_worker.get("CPU", 1)))
 
 
 class CheckpointSection(Section):

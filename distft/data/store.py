@@ -31,6 +31,7 @@ from distft.errors import DataError
 from distft.runs import read_json, write_json
 
 CARD, DOCUMENTS, MANIFEST = "card.json", "documents.arrow", "manifest.json"
+SAMPLED_ROWS = 256  # that the mean attended length is taken over
 PARTIAL = ".partial"  # how the name of a file ends while it is written
 
 
@@ -119,6 +120,11 @@ class Rows:
     def supervised_tokens(self, indices: NDArray[np.int64]) -> int:
         """Targets in these rows."""
         return int(self._supervised[indices].sum(dtype=np.int64))
+
+    def attended_tokens(self) -> int:
+        """The mean length of the segment that a token lies in, over the first rows: what its attention costs by."""
+        lengths = self._segments[2][: self._offsets[min(len(self), SAMPLED_ROWS)]].astype(np.int64)
+        return round(float((lengths**2).sum() / lengths.sum()))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ T = TypeVar("T")
 #: less memory, and compiling takes 30 s at each start (benchmarks/baselines/step-profile.json, peers-packed-bf16.json).
 COMPILED_FROM_SECONDS = 900.0
 
-#: Operations a second that training reaches on one core of a usual server, with and without bf16 instructions.
-CPU_FLOPS = {"bf16": 70e9, "fp32": 35e9}
+#: Operations a second that training reaches on one core, by steps of SmolLM2-135M in benchmarks/baselines/: in bf16
+#: where that is fast (peers-packed-bf16.json), in fp32 with AVX-512 (peers-packed-fp32.json) and without
+#: (peers-before-segments-fp32.json). Constants, so that each start of a run comes to the same.
+CPU_FLOPS = {"bf16": 110e9, "wide": 90e9, "narrow": 45e9}
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,24 @@ class Choices:
 
     dtype: Choice[str]
     stage: Choice[int]
+    offload: Choice[str]
     activation_checkpointing: Choice[bool]
     compile: Choice[bool]
     batch: BatchPlan
+    threads: Choice[int] | None = None
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Value and reason by the job's dotted names, for ``resolved.json``."""
         choices: dict[str, Choice[Any]] = {
             "model.dtype": self.dtype,
             "zero.stage": self.stage,
+            "zero.offload": self.offload,
             "train.activation_checkpointing": self.activation_checkpointing,
             "train.compile": self.compile,
             "train.micro_batch_size": Choice(self.batch.micro_batch_size, self.batch.reason),
         }
+        if self.threads is not None:
+            choices["cluster.resources_per_worker.CPU"] = self.threads
         return {key: {"value": choice.value, "reason": choice.reason} for key, choice in choices.items()}
 
 
@@ -94,7 +101,8 @@ def choose(
     )
     first = Choices(
         choose_dtype(job.model.dtype, hardware),
-        choose_stage(job.zero.stage, world_size),
+        choose_stage(job.zero.stage, world_size, job.zero.offload),
+        choose_offload(job.zero.offload, hardware),
         choose_activation_checkpointing(job.train.activation_checkpointing),
         Choice(False, "not decided yet"),
         batch,
@@ -105,7 +113,8 @@ def choose(
     seconds = None
     if shape is not None and run_tokens is not None:
         seconds = _compute_seconds(job, Subject.of(job, shape), hardware, world_size, run_tokens)
-    return replace(first, compile=choose_compile(job, hardware, first.stage.value, seconds, compiler=compiler))
+    compiled = choose_compile(job, hardware, first.stage.value, seconds, compiler=compiler)
+    return replace(first, compile=compiled, threads=threads_of(job, hardware, min(workers_per_node, world_size)))
 
 
 def _fitted(
@@ -129,15 +138,17 @@ def _fitted(
     way = choose_way(job, subject, setup, room)
     wanted = next(ways(job, subject, setup)).memory.device_bytes
     told = f"{amount(way.memory.device_bytes)} of {amount(room.total_bytes)} a worker; {amount(wanted)} without it"
-    checkpointing, stage, batch = first.activation_checkpointing, first.stage, first.batch
+    checkpointing, stage, offload, batch = first.activation_checkpointing, first.stage, first.offload, first.batch
     if way.setup.checkpointing != checkpointing.value:
         checkpointing = Choice(way.setup.checkpointing, f"memory: {told}")
     if way.setup.stage != stage.value:
         stage = Choice(way.setup.stage, f"memory: {told}")
+    if way.setup.offload != offload.value:
+        offload = Choice(way.setup.offload, f"memory: {told}")
     if way.setup.micro_batch_size != batch.micro_batch_size:
         size = way.setup.micro_batch_size
         batch = replace(batch, micro_batch_size=size, reason=f"{batch.reason}; {size} to fit into memory: {told}")
-    return replace(first, stage=stage, activation_checkpointing=checkpointing, batch=batch)
+    return replace(first, stage=stage, offload=offload, activation_checkpointing=checkpointing, batch=batch)
 
 
 def choose_dtype(asked: str, hardware: Hardware) -> Choice[str]:
@@ -158,13 +169,24 @@ def choose_dtype(asked: str, hardware: Hardware) -> Choice[str]:
     return Choice(asked, "set in the job")
 
 
-def choose_stage(asked: int | Literal["auto"], world_size: int) -> Choice[int]:
+def choose_stage(asked: int | Literal["auto"], world_size: int, offload: str = "none") -> Choice[int]:
     """The ZeRO stage: what is split between workers."""
     if asked != "auto":
         return Choice(asked, "set in the job")
+    if world_size == 1 and offload == "cpu":
+        return Choice(1, "one worker has nobody to share with, but offloading is ZeRO's")
     if world_size == 1:
         return Choice(0, "one worker has nobody to share with")
     return Choice(2, f"optimizer state and gradients split between {world_size} workers, at no cost in traffic")
+
+
+def choose_offload(asked: str, hardware: Hardware) -> Choice[str]:
+    """Where the optimizer's state is kept, before memory is looked at."""
+    if asked != "auto":
+        return Choice(asked, "set in the job")
+    if hardware.device_type == "cpu":
+        return Choice("none", "host memory is a CPU's own")
+    return Choice("none", "it fits on the device")
 
 
 def choose_compile(
@@ -212,8 +234,23 @@ def choose_compile(
 
 def _compute_seconds(job: Job, subject: Subject, hardware: Hardware, workers: int, tokens: int) -> float:
     """About how long the passes of a run take: from its arithmetic alone, so that each start comes to the same."""
-    rate = CPU_FLOPS["bf16" if hardware.fast_bf16 else "fp32"] * job.cluster.resources_per_worker.get("CPU", 1.0)
+    kind = "bf16" if hardware.fast_bf16 else "wide" if hardware.wide else "narrow"
+    rate = CPU_FLOPS[kind] * job.cluster.threads
     return tokens * flops_per_token(subject.shape, subject.trained, job.data.max_tokens) / (rate * workers)
+
+
+def threads_of(job: Job, hardware: Hardware, workers_per_node: int) -> Choice[int] | None:
+    """Threads that each worker computes with on a CPU, and whether that leaves cores idle; None on other devices."""
+    if hardware.device_type != "cpu":
+        return None
+    threads = job.cluster.threads
+    reason = "a thread for each CPU that a worker holds"
+    possible = (hardware.cores or 0) // workers_per_node
+    if possible > threads:
+        reason += f"; with {possible} the workers would use all {hardware.cores} cores of this machine"
+    elif hardware.cores and possible < threads:
+        reason += f", more than the {hardware.cores} cores of this machine have room for"
+    return Choice(threads, reason)
 
 
 def choose_activation_checkpointing(asked: bool | Literal["auto"]) -> Choice[bool]:

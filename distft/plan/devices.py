@@ -20,6 +20,7 @@ class Device:
         name: What people call it.
         marks: Parts of what drivers and Ray call it, all of which must be there.
         bf16_flops: Operations a second of dense bf16 matrix products.
+        fp32_flops: The same in fp32, as torch multiplies unless told otherwise: without TF32.
         memory_bytes: Its memory.
         memory_bandwidth: Bytes a second between memory and processor.
         link: Bytes a second to the other devices of its node, one direction.
@@ -31,6 +32,7 @@ class Device:
     name: str
     marks: tuple[str, ...]
     bf16_flops: float
+    fp32_flops: float
     memory_bytes: int
     memory_bandwidth: float
     link: float
@@ -43,6 +45,7 @@ def _device(
     name: str,
     *marks: str,
     tflops: float,
+    fp32_tflops: float,
     gigabytes: float,
     bandwidth: float,
     link: float,
@@ -50,7 +53,8 @@ def _device(
     source: str,
 ) -> Device:
     """From the units of data sheets: TFLOP/s, GB, GB/s."""
-    return Device(name, marks, tflops * 1e12, int(gigabytes * 1e9), bandwidth * 1e9, link * 1e9, network * 1e9, source)
+    flops = tflops * 1e12, fp32_tflops * 1e12
+    return Device(name, marks, *flops, int(gigabytes * 1e9), bandwidth * 1e9, link * 1e9, network * 1e9, source)
 
 
 _PCIE4, _PCIE5 = 32, 64  # GB/s of 16 lanes, one direction
@@ -62,6 +66,7 @@ DEVICES = (
         "B200",
         "B200",
         tflops=2250,
+        fp32_tflops=75,
         gigabytes=180,
         bandwidth=7700,
         link=900,
@@ -72,6 +77,7 @@ DEVICES = (
         "GH200",
         "GH200",
         tflops=989,
+        fp32_tflops=67,
         gigabytes=96,
         bandwidth=4000,
         link=450,
@@ -82,6 +88,7 @@ DEVICES = (
         "H200",
         "H200",
         tflops=989,
+        fp32_tflops=67,
         gigabytes=141,
         bandwidth=4800,
         link=450,
@@ -93,6 +100,7 @@ DEVICES = (
         "H100",
         "PCIE",
         tflops=756,
+        fp32_tflops=51,
         gigabytes=80,
         bandwidth=2000,
         link=_PCIE5,
@@ -103,6 +111,7 @@ DEVICES = (
         "H100",
         "H100",
         tflops=989,
+        fp32_tflops=67,
         gigabytes=80,
         bandwidth=3350,
         link=450,
@@ -114,6 +123,7 @@ DEVICES = (
         "A100",
         "40G",
         tflops=312,
+        fp32_tflops=19.5,
         gigabytes=40,
         bandwidth=1555,
         link=300,
@@ -124,6 +134,7 @@ DEVICES = (
         "A100",
         "A100",
         tflops=312,
+        fp32_tflops=19.5,
         gigabytes=80,
         bandwidth=2039,
         link=300,
@@ -134,6 +145,7 @@ DEVICES = (
         "MI300X",
         "MI300X",
         tflops=1307,
+        fp32_tflops=163.4,
         gigabytes=192,
         bandwidth=5300,
         link=448,
@@ -144,6 +156,7 @@ DEVICES = (
         "L40S",
         "L40S",
         tflops=362,
+        fp32_tflops=91.6,
         gigabytes=48,
         bandwidth=864,
         link=_PCIE4,
@@ -154,6 +167,7 @@ DEVICES = (
         "L40",
         "L40",
         tflops=181,
+        fp32_tflops=90.5,
         gigabytes=48,
         bandwidth=864,
         link=_PCIE4,
@@ -164,6 +178,7 @@ DEVICES = (
         "L4",
         "L4",
         tflops=121,
+        fp32_tflops=30.3,
         gigabytes=24,
         bandwidth=300,
         link=_PCIE4,
@@ -174,6 +189,7 @@ DEVICES = (
         "A40",
         "A40",
         tflops=150,
+        fp32_tflops=37.4,
         gigabytes=48,
         bandwidth=696,
         link=_PCIE4,
@@ -184,6 +200,7 @@ DEVICES = (
         "A10G",
         "A10G",
         tflops=70,
+        fp32_tflops=31.5,
         gigabytes=24,
         bandwidth=600,
         link=_PCIE4,
@@ -194,6 +211,7 @@ DEVICES = (
         "A10",
         "A10",
         tflops=125,
+        fp32_tflops=31.2,
         gigabytes=24,
         bandwidth=600,
         link=_PCIE4,
@@ -204,6 +222,7 @@ DEVICES = (
         "RTX 4090",
         "RTX4090",
         tflops=165,
+        fp32_tflops=82.6,
         gigabytes=24,
         bandwidth=1008,
         link=_PCIE4,

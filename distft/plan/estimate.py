@@ -25,28 +25,33 @@ class Workload:
         steps: Of the run; None: not known before the data is prepared.
         tokens: Of the run, without padding.
         fill: The share of rows that is no padding.
+        attended_tokens: The mean length of the segment that a token lies in.
         source: Where that is known from.
     """
 
     steps: int | None
     tokens: int | None
     fill: float
+    attended_tokens: int
     source: str
 
     @classmethod
-    def of(cls, job: Job, rows: int | None, tokens: int | None) -> Workload:
-        """From the rows and tokens of the prepared training split, where it is prepared."""
+    def of(cls, job: Job, rows: int | None, tokens: int | None, attended_tokens: int | None = None) -> Workload:
+        """From what is known of the prepared training split, where it is prepared."""
         train, length = job.train, job.data.max_tokens
+        attended = attended_tokens or length
         if rows:
             fill = min(1.0, (tokens or 0) / (rows * length))
             total = train.steps * train.batch_size if train.steps else math.ceil((train.epochs or 1) * rows)
-            return cls(-(-total // train.batch_size), round(total * length * fill), fill, "prepared data")
+            return cls(-(-total // train.batch_size), round(total * length * fill), fill, attended, "prepared data")
         if train.steps:
-            return cls(train.steps, train.steps * train.batch_size * length, 1.0, "train.steps, rows taken as full")
+            tokens = train.steps * train.batch_size * length
+            return cls(train.steps, tokens, 1.0, attended, "train.steps, rows taken as full")
         if job.data.limit:
             total = math.ceil((train.epochs or 1) * job.data.limit)
-            return cls(-(-total // train.batch_size), total * length, 1.0, "data.limit, at most, rows taken as full")
-        return cls(None, None, 1.0, "not known before the data is prepared: distft prepare")
+            steps = -(-total // train.batch_size)
+            return cls(steps, total * length, 1.0, attended, "data.limit, at most, rows taken as full")
+        return cls(None, None, 1.0, attended, "not known before the data is prepared: distft prepare")
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,12 @@ def first_setup(job: Job, hardware: Hardware, choices: Choices, nodes: int) -> S
         workers=choices.batch.world_size,
         nodes=nodes,
     )
-    return replace(setup, checkpointing=choices.activation_checkpointing.value, compiled=choices.compile.value)
+    return replace(
+        setup,
+        offload=choices.offload.value,
+        checkpointing=choices.activation_checkpointing.value,
+        compiled=choices.compile.value,
+    )
 
 
 def alternatives(job: Job, subject: Subject, chosen: Setup, room: Room | None) -> list[Way]:
@@ -176,8 +186,8 @@ def alternatives(job: Job, subject: Subject, chosen: Setup, room: Room | None) -
 
 
 def _at_stage(job: Job) -> Job:
-    """With the stage decided."""
-    return job.model_copy(update={"zero": job.zero.model_copy(update={"stage": 0})})
+    """With stage and offload decided."""
+    return job.model_copy(update={"zero": job.zero.model_copy(update={"stage": 0, "offload": "none"})})
 
 
 def whole_plan(
@@ -194,7 +204,7 @@ def whole_plan(
     """The alternatives with what comes of each, the chosen one marked."""
     made = []
     for way in alternatives(job, subject, chosen, room):
-        filled = Way(replace(way.setup, fill=workload.fill), way.memory)
+        filled = Way(replace(way.setup, fill=workload.fill, attended_tokens=workload.attended_tokens), way.memory)
         one = estimate(subject, filled, rates, room, seen, workload)
         is_chosen = way.setup == chosen
         made.append(replace(one, chosen=is_chosen, fits=one.fits or is_chosen, price=price))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +105,7 @@ def setup_of(
         device_type=hardware.device_type,
         dtype=dtype,
         stage=stage,
-        offload=job.zero.offload,
+        offload="none" if job.zero.offload == "auto" else job.zero.offload,
         checkpointing=job.train.activation_checkpointing is True,
         workers=workers,
         nodes=nodes,
@@ -121,16 +122,23 @@ def ways(job: Job, subject: Subject, first: Setup, process_bytes: int = PROCESS_
     """The ways that the job leaves open, cheapest in time first, beginning with ``first``.
 
     A smaller micro-batch costs least, then splitting weights between workers (half as much traffic again), then
-    computing activations twice (a third more arithmetic).
+    computing activations twice (a third more arithmetic), then an update by the host's processor.
     """
     open_stage = job.zero.stage == "auto" and first.workers > 1 and first.stage < 3 and not subject.quantised
     open_checkpointing = job.train.activation_checkpointing == "auto"
-    sizes = _halved(first.micro_batch_size) if job.train.micro_batch_size == "auto" else [first.micro_batch_size]
-    for checkpointing in (first.checkpointing, True) if open_checkpointing else (first.checkpointing,):
-        for stage in (first.stage, 3) if open_stage else (first.stage,):
-            for size in sizes:
-                setup = replace(first, checkpointing=checkpointing, stage=stage, micro_batch_size=size)
-                yield Way(setup, memory(subject.shape, subject.trained, setup, process_bytes))
+    open_offload = job.zero.offload == "auto" and first.device_type == "cuda" and first.offload == "none"
+    for offload, checkpointing, stage, size in itertools.product(
+        ("none", "cpu") if open_offload else (first.offload,),
+        (first.checkpointing, True) if open_checkpointing else (first.checkpointing,),
+        (first.stage, 3) if open_stage else (first.stage,),
+        _halved(first.micro_batch_size) if job.train.micro_batch_size == "auto" else (first.micro_batch_size,),
+    ):
+        if offload == "cpu" and stage == 0:
+            if job.zero.stage != "auto":
+                continue  # asked for: nothing is split that could be kept elsewhere
+            stage = 1
+        setup = replace(first, offload=offload, checkpointing=checkpointing, stage=stage, micro_batch_size=size)
+        yield Way(setup, memory(subject.shape, subject.trained, setup, process_bytes))
 
 
 def _halved(size: int) -> list[int]:

@@ -6,6 +6,7 @@ Nothing imports torch before it is needed: whether a job fits can be told withou
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import shutil
 import subprocess
@@ -36,6 +37,8 @@ class Hardware:
         fast_bf16: Whether it multiplies bf16 matrices faster than fp32 ones.
         memory_bytes: Its memory; of a CPU the machine's, which the workers on it share. None: unknown.
         host_bytes: The memory of the machine that it is in. None: unknown.
+        cores: Logical cores of a CPU that this process may use. None: unknown.
+        wide: Whether a CPU computes with 512 bits at a time (AVX-512).
     """
 
     device_type: str
@@ -43,6 +46,8 @@ class Hardware:
     fast_bf16: bool
     memory_bytes: int | None = None
     host_bytes: int | None = None
+    cores: int | None = None
+    wide: bool = False
 
     @classmethod
     def detect(cls) -> Hardware:
@@ -54,7 +59,7 @@ class Hardware:
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             return cls("cuda", torch.cuda.get_device_name(), fast, total, host)
-        return cls("cpu", f"CPU ({torch.backends.cpu.get_cpu_capability()})", _fast_bf16(_first_core()), host, host)
+        return cls._cpu(f"CPU ({torch.backends.cpu.get_cpu_capability()})", host)
 
     @classmethod
     def glance(cls) -> Hardware:
@@ -64,7 +69,13 @@ class Hardware:
         if gpu is not None:
             name, total = gpu
             return cls("cuda", name, True, total, host)
-        return cls("cpu", "CPU", _fast_bf16(_first_core()), host, host)
+        return cls._cpu("CPU", host)
+
+    @classmethod
+    def _cpu(cls, name: str, memory_bytes: int) -> Hardware:
+        core, cores = _first_core(), len(os.sched_getaffinity(0))
+        wide = "avx512f" in core.get("flags", "").split()
+        return cls("cpu", name, _fast_bf16(core), memory_bytes, memory_bytes, cores, wide)
 
     @classmethod
     def of(cls, device: Device) -> Hardware:
@@ -147,13 +158,31 @@ class Peak:
 
 
 def peak_flops(hardware: Hardware, dtype: torch.dtype) -> Peak:
-    """The peak of a device for a type: from the table of GPUs, else measured with a large matrix product (0.2 s)."""
+    """The peak of a device for a type: from the table of GPUs, else measured with a large matrix product (0.2 s).
+
+    A CPU's is that of this process's threads.
+    """
     import torch
 
     device = known(hardware.name) if hardware.device_type == "cuda" and dtype == torch.bfloat16 else None
     if device is not None:
         return Peak(device.bf16_flops, f"{device.name}, dense bf16")
     return Peak(_measured_flops(hardware.device_type, dtype), f"{hardware.name}, measured matrix product")
+
+
+def share_of_peak(hardware: Hardware, dtype: torch.dtype, workers: int, threads: int) -> float:
+    """Operations a second that each of the workers on this machine's CPU has of what their threads reach together.
+
+    They compute at the same time, and more threads than cores are no faster.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(workers * threads, hardware.cores or before))
+    try:
+        return peak_flops(hardware, dtype).flops / workers
+    finally:
+        torch.set_num_threads(before)
 
 
 def _measured_flops(device_type: str, dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -21,10 +21,6 @@ from distft.plan.setup import Setup
 #: corrects both.
 EFFICIENCY = {"cuda": 0.39, "cpu": 0.65}
 
-#: By how much matrix products in fp32 are slower than in bf16, in torch's default precision: 312 to 19.5 TFLOP/s of an
-#: A100, 989 to 67 of an H100.
-FP32_SLOWER = 15
-
 #: Seconds of one message: within a node and between nodes. Usual figures of NCCL and InfiniBand, and of TCP.
 LATENCY = {"cuda": (5e-6, 15e-6), "cpu": (50e-6, 200e-6)}
 
@@ -86,7 +82,7 @@ class Rates:
     @classmethod
     def of(cls, device: Device, dtype: str = "bf16") -> Rates:
         """Of a device in the table."""
-        peak = device.bf16_flops / (FP32_SLOWER if dtype == "fp32" else 1)
+        peak = device.fp32_flops if dtype == "fp32" else device.bf16_flops
         return cls(peak, EFFICIENCY["cuda"], device.memory_bandwidth, device.link, device.network, LATENCY["cuda"])
 
     @classmethod

@@ -47,8 +47,8 @@ from distft.train.trackers import followers
 from distft.train.watchdog import Watchdog
 from distft.world import World
 
-#: Rows that the mean attended length is taken over, and documents that an error names.
-SAMPLED_ROWS, NAMED_DOCUMENTS = 256, 12
+#: Documents that an error names.
+NAMED_DOCUMENTS = 12
 
 #: Tokens whose loss a checkpoint is known by: they pass through every layer, and training waits for them at each save.
 PROBE_TOKENS = 8
@@ -187,7 +187,7 @@ def _forecast(
         peak,
         process_bytes=process_bytes,
         labels=len(prepared.labels),
-        attended_tokens=attended_tokens(rows),
+        attended_tokens=rows.attended_tokens(),
         fill=min(1.0, tokens / (len(rows) * job.data.max_tokens)),
         links=Links.of(measured),
     )
@@ -204,7 +204,7 @@ def _open(
 ) -> tuple[Engine, float]:
     """The engine around the job's model, which it alone holds (stage 3 splits the weights), and its FLOPs per token."""
     model = training_model(job, model_folder, DTYPES[choices.dtype.value], prepared.labels, pad)
-    flops = flops_per_token(model, attended_tokens(prepared.rows("train")))
+    flops = flops_per_token(model, prepared.rows("train").attended_tokens())
     loss_model = LossModel(
         model,
         activation_checkpointing=choices.activation_checkpointing.value,
@@ -218,7 +218,7 @@ def _settings(job: Job, choices: Choices) -> engines.Settings:
     return engines.Settings(
         dtype=DTYPES[choices.dtype.value],
         stage=choices.stage.value,
-        offload=job.zero.offload,
+        offload=choices.offload.value,
         weight_decay=job.train.weight_decay,
         max_grad_norm=job.train.max_grad_norm,
     )
@@ -366,12 +366,6 @@ def _record(run: Run, choices: Choices) -> None:
 def run_tokens(job: Job, rows: Rows) -> int:
     """About how many tokens the whole run trains on."""
     return round(Order.of(job, len(rows)).total_rows * rows.tokens(np.arange(len(rows))) / len(rows))
-
-
-def attended_tokens(rows: Rows) -> int:
-    """The mean length of the segment that a token lies in, over the first rows: what its attention costs by."""
-    lengths = np.array([length for index in range(min(len(rows), SAMPLED_ROWS)) for length in rows[index].segments])
-    return round(float((lengths**2).sum() / lengths.sum()))
 
 
 def named(prepared: Prepared, rows: Rows, indices: Indices) -> str:

@@ -15,7 +15,7 @@ from distft.config import Job
 from distft.errors import JobError
 from distft.plan.batch import BatchPlan
 from distft.plan.choices import choose, choose_activation_checkpointing, choose_compile, choose_dtype, choose_stage
-from distft.plan.hardware import Hardware, peak_flops
+from distft.plan.hardware import Hardware, peak_flops, share_of_peak
 from tests.unit.test_plan_memory import LLAMA_8B
 
 SLOW_CPU = Hardware("cpu", "an old CPU", fast_bf16=False)
@@ -144,6 +144,31 @@ def test_the_length_of_a_run_follows_from_its_tokens_model_and_workers(tmp_path:
 
     assert [decided(tokens, 8) for tokens in (1_000, 100_000_000)] == [False, True]
     assert [decided(20_000, workers) for workers in (1, 64)] == [True, False]
+
+
+def test_threads_are_told_with_what_they_leave_idle(tmp_path: Path) -> None:
+    def told(cpus: int, workers: int) -> tuple[int, str]:
+        one = job(tmp_path, f"cluster.resources_per_worker.CPU={cpus}")
+        found = choose(one, workers, replace(FAST_CPU, cores=8), workers_per_node=workers).record()
+        decided = found["cluster.resources_per_worker.CPU"]
+        return decided["value"], decided["reason"]
+
+    assert told(4, 2) == (4, "a thread for each CPU that a worker holds")
+    threads, reason = told(1, 2)
+    assert threads == 1
+    assert "with 4 the workers would use all 8 cores" in reason
+    assert "more than the 8 cores" in told(8, 2)[1]
+    gpus = choose(job(tmp_path), 1, Hardware("cuda", "B200", True)).record()
+    assert "cluster.resources_per_worker.CPU" not in gpus
+
+
+def test_workers_of_a_machine_share_its_peak() -> None:
+    """Their threads are busy at the same time: each has its part of what they reach together."""
+    machine = replace(FAST_CPU, cores=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    alone, crowded = (share_of_peak(machine, torch.float32, workers, threads) for workers in (1, 16))
+    assert crowded < alone / 4  # 16 if nothing else ran
+    assert torch.get_num_threads() == threads
 
 
 def test_peaks_are_looked_up_or_measured() -> None:

@@ -248,6 +248,27 @@ def test_what_the_job_says_is_not_changed_but_refused(tmp_path: Path) -> None:
     assert "model.adapter" in str(refused.value.fix)
 
 
+def test_offloading_is_decided_by_memory_where_the_job_leaves_it_open(tmp_path: Path) -> None:
+    h100, roomy = Hardware.of(named("H100")), replace(Hardware.of(named("B200")), memory_bytes=10**13)
+    kept, asked = job(tmp_path), job(tmp_path, zero={"offload": "auto"})
+    with pytest.raises(CapacityError) as refused:
+        choose(kept, 1, h100, shape=LLAMA_8B)
+    assert "zero.offload: cpu" in str(refused.value.fix)
+    moved = choose(asked, 1, h100, shape=LLAMA_8B)
+    assert (moved.offload.value, moved.stage.value) == ("cpu", 1)
+    assert "of 80.0 GB a worker" in moved.offload.reason
+    assert first_setup(asked, h100, moved, 1).offload == "cpu"
+    assert moved.record()["zero.offload"] == {"value": "cpu", "reason": moved.offload.reason}
+    assert choose(asked, 8, roomy, shape=LLAMA_8B, workers_per_node=8).offload.value == "none"
+    with pytest.raises(CapacityError):  # stage 0 is asked for, which splits nothing that could be kept elsewhere
+        choose(job(tmp_path, zero={"offload": "auto", "stage": 0}), 1, h100, shape=LLAMA_8B)
+
+
+def test_one_worker_offloads_at_a_stage_that_can(tmp_path: Path) -> None:
+    h100 = Hardware.of(named("H100"))
+    assert choose(job(tmp_path, zero={"offload": "cpu"}), 1, h100, shape=LLAMA_8B).stage.value == 1
+
+
 def test_advice_is_followed_and_helps(tmp_path: Path) -> None:
     lora = {"source": "model", "adapter": {"kind": "lora"}}
     again = {"batch_size": 32, "activation_checkpointing": True}
@@ -290,9 +311,34 @@ def test_the_whole_plan_marks_what_is_chosen_and_what_does_not_fit(tmp_path: Pat
     json.dumps([one.as_json() for one in made], allow_nan=False)
 
 
+def test_texts_that_share_a_row_cost_what_they_attend_to(tmp_path: Path) -> None:
+    hardware = Hardware.of(named("H100"))
+    choices = choose(job(tmp_path), 8, hardware, shape=LLAMA_8B, workers_per_node=8)
+    setup, subject = first_setup(job(tmp_path), hardware, choices, 1), Subject.of(job(tmp_path), LLAMA_8B)
+    whole, parted = (
+        next(
+            one.step_seconds
+            for one in whole_plan(
+                job(tmp_path),
+                subject,
+                setup,
+                Rates.of(named("H100")),
+                Room.of(hardware, 8),
+                seen=(),
+                workload=Workload.of(job(tmp_path), 3200, 3200 * 4096, attended),
+            )
+            if one.chosen
+        )
+        for attended in (None, 128)
+    )
+    assert parted < 0.95 * whole
+
+
 def test_work_is_known_from_prepared_data_or_from_the_job(tmp_path: Path) -> None:
     prepared = Workload.of(job(tmp_path), 100, 100 * 4096 // 2)
     assert (prepared.steps, prepared.fill) == (4, 0.5)
+    assert prepared.attended_tokens == 4096
+    assert Workload.of(job(tmp_path), 100, 100 * 4096, 512).attended_tokens == 512
     assert Workload.of(job(tmp_path), None, None).steps is None
     assert Workload.of(job(tmp_path, train={"steps": 7, "batch_size": 2}), None, None).tokens == 7 * 2 * 4096
 

@@ -120,7 +120,7 @@ class Training:
         self._begun: int | None = None  # the one that it began after
         self._limit: int | None = None  # rows of a pass that memory holds, once that is known
         self._head_silent, self._head_lost = False, False
-        self._threads = max(1, int(need.get("CPU", 1)))
+        self._threads = job.cluster.threads
         # A trial of a search is short, and there are many: none waits for it in idle processes.
         self._standby = Standby(need, self._threads) if rungs is None else None
         self._readied: float | None = None  # the group of workers that others stand by for

@@ -242,8 +242,8 @@ class ZeroSection(Section):
     """What ZeRO shards over the workers, and where it keeps it (arXiv 1910.02054)."""
 
     stage: Annotated[int, Field(ge=0, le=3)] | Literal["auto"] = "auto"
-    """Sharded: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights; auto: 2, or 3 where that does not fit;
-    0 for one worker."""
+    """Sharded: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights; auto: 2, or 1 where
+    steps are shorter with it, or 3 where memory asks for it; 0 for one worker."""
     offload: Literal["none", "cpu", "nvme", "auto"] = "none"
     """Where optimizer states are kept: none (on the device), cpu (host memory) or nvme; auto: on the device where they
     fit, else in host memory."""

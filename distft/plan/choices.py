@@ -10,9 +10,11 @@ from distft.config.values import amount
 from distft.errors import JobError
 from distft.model.shape import Shape
 from distft.plan.batch import BatchPlan
+from distft.plan.devices import known
 from distft.plan.fit import Room, Subject, choose_way, setup_of, ways
 from distft.plan.hardware import Hardware
-from distft.plan.speed import flops_per_token
+from distft.plan.setup import Setup
+from distft.plan.speed import EFFICIENCY, Rates, flops_per_token, step_time
 
 T = TypeVar("T")
 
@@ -24,6 +26,9 @@ COMPILED_FROM_SECONDS = 900.0
 #: where that is fast (peers-packed-bf16.json), in fp32 with AVX-512 (peers-packed-fp32.json) and without
 #: (peers-before-segments-fp32.json). Constants, so that each start of a run comes to the same.
 CPU_FLOPS = {"bf16": 110e9, "wide": 90e9, "narrow": 45e9}
+
+#: The share of a step that ZeRO 1 must save over 2, for the gradients that each rank keeps whole.
+STAGE_1_FROM = 0.03
 
 
 @dataclass(frozen=True)
@@ -107,34 +112,53 @@ def choose(
         Choice(False, "not decided yet"),
         batch,
     )
-    room = Room.of(hardware, workers_per_node)
-    if shape is not None and room is not None:
-        first = _fitted(first, job, Subject.of(job, shape), hardware, room, workers_per_node)
     seconds = None
-    if shape is not None and run_tokens is not None:
-        seconds = _compute_seconds(job, Subject.of(job, shape), hardware, world_size, run_tokens)
+    if shape is not None:
+        subject = Subject.of(job, shape)
+        setup = setup_of(
+            job,
+            hardware,
+            dtype=first.dtype.value,
+            stage=first.stage.value,
+            micro_batch_size=batch.micro_batch_size,
+            workers=world_size,
+            nodes=-(-world_size // workers_per_node),
+        )
+        if job.zero.stage == "auto" and micro_batch_limit is None:  # where memory ran out, nothing takes more of it
+            first = replace(first, stage=_quicker(first.stage, job, subject, setup, hardware))
+        if (room := Room.of(hardware, workers_per_node)) is not None:
+            first = _fitted(first, job, subject, replace(setup, stage=first.stage.value), room)
+        if run_tokens is not None:
+            flops = run_tokens * flops_per_token(subject.shape, subject.trained, job.data.max_tokens)
+            seconds = flops / (world_size * _flops(job, hardware, first.dtype.value))
     compiled = choose_compile(job, hardware, first.stage.value, seconds, compiler=compiler)
     return replace(first, compile=compiled, threads=threads_of(job, hardware, min(workers_per_node, world_size)))
 
 
-def _fitted(
-    first: Choices, job: Job, subject: Subject, hardware: Hardware, room: Room, workers_per_node: int
-) -> Choices:
+def _quicker(stage: Choice[int], job: Job, subject: Subject, setup: Setup, hardware: Hardware) -> Choice[int]:
+    """ZeRO 1 in place of 2 where a step is much shorter: it sends gradients once, not in every pass.
+
+    On a GPU that this knows nothing of it stays 2.
+    """
+    device = known(hardware.name) if hardware.device_type == "cuda" else None
+    unknown = device is None and hardware.device_type == "cuda"
+    if stage.value != 2 or setup.passes == 1 or setup.offload != "none" or unknown:
+        return stage
+    rates = Rates.of_cpu(_flops(job, hardware, setup.dtype) / EFFICIENCY["cpu"])
+    if device is not None:
+        rates = Rates.of(device, setup.dtype)
+    one, two = (step_time(subject.shape, subject.trained, replace(setup, stage=each), rates).seconds for each in (1, 2))
+    if one > (1 - STAGE_1_FROM) * two:
+        return stage
+    return Choice(1, f"gradients are sent once a step, not in each of its {setup.passes} passes as at stage 2")
+
+
+def _fitted(first: Choices, job: Job, subject: Subject, setup: Setup, room: Room) -> Choices:
     """What was decided without looking at memory, changed where that does not fit.
 
     Raises:
         CapacityError: Nothing fits.
     """
-    workers = first.batch.world_size
-    setup = setup_of(
-        job,
-        hardware,
-        dtype=first.dtype.value,
-        stage=first.stage.value,
-        micro_batch_size=first.batch.micro_batch_size,
-        workers=workers,
-        nodes=-(-workers // workers_per_node),
-    )
     way = choose_way(job, subject, setup, room)
     wanted = next(ways(job, subject, setup)).memory.device_bytes
     told = f"{amount(way.memory.device_bytes)} of {amount(room.total_bytes)} a worker; {amount(wanted)} without it"
@@ -232,11 +256,10 @@ def choose_compile(
     return Choice(True, f"{told}: compiling takes less than it saves")
 
 
-def _compute_seconds(job: Job, subject: Subject, hardware: Hardware, workers: int, tokens: int) -> float:
-    """About how long the passes of a run take: from its arithmetic alone, so that each start comes to the same."""
-    kind = "bf16" if hardware.fast_bf16 else "wide" if hardware.wide else "narrow"
-    rate = CPU_FLOPS[kind] * job.cluster.threads
-    return tokens * flops_per_token(subject.shape, subject.trained, job.data.max_tokens) / (rate * workers)
+def _flops(job: Job, hardware: Hardware, dtype: str) -> float:
+    """Operations a second that training reaches on the CPUs of a worker."""
+    kind = "bf16" if dtype == "bf16" and hardware.fast_bf16 else "wide" if hardware.wide else "narrow"
+    return CPU_FLOPS[kind] * job.cluster.threads
 
 
 def threads_of(job: Job, hardware: Hardware, workers_per_node: int) -> Choice[int] | None:

@@ -121,8 +121,9 @@ def setup_of(
 def ways(job: Job, subject: Subject, first: Setup, process_bytes: int = PROCESS_BYTES) -> Iterator[Way]:
     """The ways that the job leaves open, cheapest in time first, beginning with ``first``.
 
-    A smaller micro-batch costs least, then splitting weights between workers (half as much traffic again), then
-    computing activations twice (a third more arithmetic), then an update by the host's processor.
+    A smaller micro-batch costs least, then splitting gradients between workers (they are sent in every pass then), then
+    weights (half as much traffic again), then computing activations twice (a third more arithmetic), then an update by
+    the host's processor.
     """
     open_stage = job.zero.stage == "auto" and first.workers > 1 and first.stage < 3 and not subject.quantised
     open_checkpointing = job.train.activation_checkpointing == "auto"
@@ -130,7 +131,7 @@ def ways(job: Job, subject: Subject, first: Setup, process_bytes: int = PROCESS_
     for offload, checkpointing, stage, size in itertools.product(
         ("none", "cpu") if open_offload else (first.offload,),
         (first.checkpointing, True) if open_checkpointing else (first.checkpointing,),
-        (first.stage, 3) if open_stage else (first.stage,),
+        range(first.stage, 4) if open_stage else (first.stage,),
         _halved(first.micro_batch_size) if job.train.micro_batch_size == "auto" else (first.micro_batch_size,),
     ):
         if offload == "cpu" and stage == 0:

@@ -15,8 +15,9 @@ from distft.config import Job
 from distft.errors import JobError
 from distft.plan.batch import BatchPlan
 from distft.plan.choices import choose, choose_activation_checkpointing, choose_compile, choose_dtype, choose_stage
+from distft.plan.devices import named
 from distft.plan.hardware import Hardware, peak_flops, share_of_peak
-from tests.unit.test_plan_memory import LLAMA_8B
+from tests.unit.test_plan_memory import LLAMA_8B, SMOLLM2
 
 SLOW_CPU = Hardware("cpu", "an old CPU", fast_bf16=False)
 FAST_CPU = Hardware("cpu", "a new CPU", fast_bf16=True)
@@ -144,6 +145,25 @@ def test_the_length_of_a_run_follows_from_its_tokens_model_and_workers(tmp_path:
 
     assert [decided(tokens, 8) for tokens in (1_000, 100_000_000)] == [False, True]
     assert [decided(20_000, workers) for workers in (1, 64)] == [True, False]
+
+
+def test_gradients_are_sent_once_a_step_where_that_shows(tmp_path: Path) -> None:
+    """ZeRO 2 sends them in every pass. On GPUs of one node the passes hide that, and memory counts."""
+    machine = replace(FAST_CPU, memory_bytes=10**12)
+    settings = "train.micro_batch_size=1", "train.batch_size=8", "data.max_tokens=256"
+    several = job(tmp_path, *settings)
+
+    def stage(one: Job, hardware: Hardware, workers: int, **more: int) -> int:
+        return choose(one, workers, hardware, shape=SMOLLM2, **more).stage.value
+
+    found = choose(several, 2, machine, shape=SMOLLM2, workers_per_node=2).stage
+    assert found.value == 1
+    assert "not in each of its 4 passes" in found.reason
+    assert stage(job(tmp_path, *settings[1:], "train.micro_batch_size=4"), machine, 2, workers_per_node=2) == 2
+    assert stage(several, Hardware.of(named("H100")), 8, workers_per_node=8) == 2
+    assert stage(several, machine, 2, workers_per_node=2, micro_batch_limit=1) == 2  # memory ran out before
+    assert stage(several, replace(machine, memory_bytes=6 * 10**9), 2, workers_per_node=2) == 2  # it would now
+    assert stage(job(tmp_path, *settings, "zero.stage=2"), machine, 2, workers_per_node=2) == 2
 
 
 def test_threads_are_told_with_what_they_leave_idle(tmp_path: Path) -> None:

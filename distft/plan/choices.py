@@ -201,7 +201,7 @@ def choose_stage(asked: int | Literal["auto"], world_size: int, offload: str = "
         return Choice(1, "one worker has nobody to share with, but offloading is ZeRO's")
     if world_size == 1:
         return Choice(0, "one worker has nobody to share with")
-    return Choice(2, f"optimizer state and gradients split between {world_size} workers, at no cost in traffic")
+    return Choice(2, f"optimizer state and gradients split between {world_size} workers")
 
 
 def choose_offload(asked: str, hardware: Hardware) -> Choice[str]:

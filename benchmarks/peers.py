@@ -7,10 +7,11 @@ the steps after the first; memory is the most that a rank held.
 
 - ``--rows full``: each row is a single text that fills it, so that nobody pads, and isolating texts in a row, which
   only some do, changes nothing: the losses of the same step must agree.
-- ``--same-settings``: peers get the settings of ZeRO too that distft chooses on CPUs: its small buckets, and no
-  scattering of sums. Otherwise they have DeepSpeed's own, as their users have who do not tune them.
 - ``--rows packed``: rows of paragraphs. All get the rows that distft packed, with positions that keep texts apart, but
   TRL, which packs the same texts itself. Ray's example, which pads each text to a row, is left out.
+
+With ``--same-settings`` peers get the settings of ZeRO too that distft chooses on CPUs: its small buckets, and no
+scattering of sums. Otherwise they have DeepSpeed's own, as their users have who do not tune them.
 """
 
 from __future__ import annotations

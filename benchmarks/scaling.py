@@ -329,9 +329,8 @@ def main(words: Sequence[str] | None = None) -> None:
     largest = max(arguments.workers)
     print(f"\nWritten to {arguments.out}: scaling.json, scaling.md, {', '.join(path.name for path in pictures)}")
     print(
-        "The same on 64 GPUs, from a machine of their Ray cluster (with 1 among --workers, where a GPU holds the job,"
+        "The same on 64 GPUs, from a machine of their Ray cluster; with 1 among --workers it tells communication too:"
     )
-    print("it tells the share of communication too):")
     scaled = batch_size * max(1, 64 // largest)
     print(f"  python -m benchmarks.scaling {arguments.job} --workers 8 16 32 64 --stages 1 2 3 --batch-size {scaled}")
 

@@ -140,13 +140,14 @@ def _quicker(stage: Choice[int], job: Job, subject: Subject, setup: Setup, hardw
 
     On a GPU that this knows nothing of it stays 2.
     """
-    device = known(hardware.name) if hardware.device_type == "cuda" else None
-    unknown = device is None and hardware.device_type == "cuda"
-    if stage.value != 2 or setup.passes == 1 or setup.offload != "none" or unknown:
+    if stage.value != 2 or setup.passes == 1 or setup.offload != "none":
         return stage
-    rates = Rates.of_cpu(_flops(job, hardware, setup.dtype) / EFFICIENCY["cpu"])
-    if device is not None:
+    if hardware.device_type == "cpu":
+        rates = Rates.of_cpu(_flops(job, hardware, setup.dtype) / EFFICIENCY["cpu"])
+    elif (device := known(hardware.name)) is not None:
         rates = Rates.of(device, setup.dtype)
+    else:
+        return stage
     one, two = (step_time(subject.shape, subject.trained, replace(setup, stage=each), rates).seconds for each in (1, 2))
     if one > (1 - STAGE_1_FROM) * two:
         return stage

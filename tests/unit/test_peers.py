@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers import as_table, full_rows, last_losses, summary
+from benchmarks.peers import OUR_ZERO, as_table, full_rows, last_losses, summary
 from distft.data.order import Order
 from distft.data.store import Prepared
 from tests.distributed import tiny
@@ -33,3 +33,12 @@ def test_figures_are_ratios_to_ours_and_losses_are_beside_them() -> None:
     assert result["ours_over"]["trl"] == {"speed": 3.0, "memory": 0.25}
     assert result["losses"]["trl"]["last_over_ours"] == 2.2 / 2.0 - 1
     assert "| trl | 100 | 3.00 |  | 4.00 GB | 0.25 |  | 2.2000 (+1.0e-01) |" in as_table(result)
+
+
+def test_the_settings_that_peers_get_are_those_of_the_engine() -> None:
+    import torch
+
+    from distft.engine import Settings, zero
+
+    ours = zero._configuration(Settings(stage=2), torch.device("cpu"), own_norm=False)["zero_optimization"]
+    assert ours.items() >= OUR_ZERO.items()

@@ -25,6 +25,7 @@ COLUMNS = ("weights", "optimizer", "grads", "activ.", "rest")
 _COLUMN_OF = {
     "weights": "weights",
     "gathered weights": "weights",
+    "second copy of weights": "weights",
     "fp32 weights": "optimizer",
     "moments": "optimizer",
     "gradients": "grads",

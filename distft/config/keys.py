@@ -24,6 +24,7 @@ ELSEWHERE = {
     "global_batch_size": "train.batch_size",
     "gradient_checkpointing": "train.activation_checkpointing",
     "gradient_clipping": "train.max_grad_norm",
+    **dict.fromkeys(("sequence_parallel", "sp_size", "ulysses"), "train.sequence_parallel_size"),
     "warmup_ratio": "train.schedule.warmup",
     "lr_scheduler": "train.schedule.kind",
     "lr_scheduler_type": "train.schedule.kind",
@@ -65,6 +66,8 @@ ELSEWHERE = {
     "zero_stage": "zero.stage",
     "zero_optimization": "zero.stage",
     "offload_optimizer": "zero.offload",
+    "zero_hpz_partition_size": "zero.hpz_partition_size",
+    "hpz": "zero.hpz_partition_size",
     "num_workers": "cluster.workers",
     "num_gpus": "cluster.resources_per_worker",
     "save_steps": "checkpoint.every",
@@ -78,15 +81,6 @@ _QUANTISED = (
     "not here: ZeRO++ rounds what it sends to few bits, so the loss would change with the workers; "
     "DeepSpeed has it for GPUs alone"
 )
-_HPZ = (
-    "not built yet: ZeRO++'s second partition of the weights in each node; zero.stage: 3 gathers them from all workers"
-)
-_SEQUENCE_PARALLEL = (
-    "not built yet: DeepSpeed's Ulysses drops the mask that keeps packed texts apart, unless attention reads positions,"
-    " and needs a number of heads that the workers divide; for rows too long for a device there are "
-    "train.activation_checkpointing and zero.stage: 3"
-)
-
 WITHOUT = {
     "gradient_accumulation_steps": "accumulation follows from train.batch_size, train.micro_batch_size and the workers",
     "save_total_limit": "checkpoint.budget keeps checkpoints within a number of bytes",
@@ -110,17 +104,9 @@ WITHOUT = {
         ),
         _QUANTISED,
     ),
-    **dict.fromkeys(("zero_hpz_partition_size", "hpz_partition_size", "hpz"), _HPZ),
     **dict.fromkeys(
-        (
-            "sequence_parallel",
-            "sequence_parallel_size",
-            "sp_size",
-            "ulysses",
-            "context_parallel_size",
-            "context_parallel",
-        ),
-        _SEQUENCE_PARALLEL,
+        ("context_parallel_size", "context_parallel"),
+        "not here: ring attention; train.sequence_parallel_size has workers share rows, as far as there are heads",
     ),
 }
 """Names from elsewhere that have no key here, and why."""

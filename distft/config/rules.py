@@ -192,6 +192,24 @@ def _train(job: Job) -> Iterator[Finding]:
     if isinstance(micro, int) and micro > train.batch_size:
         message = f"{micro} rows on one worker are more than batch_size, {train.batch_size} on all of them"
         yield Finding(("train", "micro_batch_size"), message, "make it smaller, or auto", ("train.batch_size",))
+    yield from _shared_rows(job)
+
+
+def _shared_rows(job: Job) -> Iterator[Finding]:
+    """Where workers may come and go, fewer of them share a row."""
+    size, workers, adapter = job.train.sequence_parallel_size, job.cluster.workers, job.model.adapter
+    path: Path = ("train", "sequence_parallel_size")
+    if size == 1:
+        return
+    if isinstance(workers, int) and workers % size:
+        message = f"{workers} workers cannot be divided into groups of {size}"
+        yield Finding(path, message, "choose a divisor of cluster.workers", ("cluster.workers",))
+    if adapter is not None and adapter.dropout > 0:
+        message = "dropout would draw other numbers where rows are shared"
+        yield Finding(path, message, "set model.adapter.dropout: 0", ("model.adapter.dropout",))
+    if job.train.compile is True:
+        fix = "set train.compile: auto or false"
+        yield Finding(path, "the exchange between workers cannot be compiled with a layer", fix, ("train.compile",))
 
 
 def _evaluate(job: Job) -> Iterator[Finding]:
@@ -215,6 +233,20 @@ def _zero(job: Job) -> Iterator[Finding]:
     if stage == 3 and job.model.adapter is not None and job.model.adapter.quantize:
         fix = "use stage 0, 1 or 2: the four-bit weights are whole on every worker"
         yield Finding(("zero", "stage"), "stage 3 cannot split quantised weights", fix, ("model.adapter.quantize",))
+    yield from _hpz(job)
+
+
+def _hpz(job: Job) -> Iterator[Finding]:
+    """Where workers may come and go, a number of them that it does not divide does without."""
+    size, workers, path = job.zero.hpz_partition_size, job.cluster.workers, ("zero", "hpz_partition_size")
+    if size == 1:
+        return
+    if job.zero.stage not in {3, "auto"}:
+        message = f"at stage {job.zero.stage} every worker has all weights already"
+        yield Finding(path, message, "use stage 3, or remove it", ("zero.stage",))
+    if isinstance(size, int) and isinstance(workers, int) and workers % size:
+        message = f"{workers} workers cannot be divided into groups of {size}"
+        yield Finding(path, message, "use the number of workers on a node, or auto", ("cluster.workers",))
 
 
 def _cluster(job: Job) -> Iterator[Finding]:

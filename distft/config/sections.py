@@ -213,6 +213,9 @@ class TrainSection(Section):
     """Rows per optimizer step over the whole cluster, whatever its size (global batch)."""
     micro_batch_size: Count | Literal["auto"] = "auto"
     """Rows per forward pass on one worker."""
+    sequence_parallel_size: Count = 1
+    """Workers, one after the other, that share rows, each with a run of their tokens (DeepSpeed-Ulysses): for rows that
+    are too long for one device; it divides the workers and the model's attention heads."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Positive | None = 1.0
@@ -247,6 +250,10 @@ class ZeroSection(Section):
     offload: Literal["none", "cpu", "nvme", "auto"] = "none"
     """Where optimizer states are kept: none (on the device), cpu (host memory) or nvme; auto: on the device where they
     fit, else in host memory."""
+    hpz_partition_size: Count | Literal["auto"] = 1
+    """Stage 3: workers, one after the other, that hold the weights once more between them (ZeRO++'s hpZ), so that only
+    the first pass of a step fetches them over the network between nodes; 1: none; auto: the workers of a node, where
+    there are several nodes, steps are shorter with it, and it fits."""
 
 
 class ClusterSection(Section):

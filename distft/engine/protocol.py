@@ -25,6 +25,10 @@ class Settings:
         offload: Where optimizer state lives: ``none`` (on the device) or ``cpu``.
         weight_decay: AdamW's, applied to matrices only.
         max_grad_norm: Gradients are scaled down to this norm; None leaves them.
+        hpz_partition_size: Ranks that hold a second copy of stage 3's weights between them (ZeRO++'s hpZ,
+            https://arxiv.org/abs/2306.10209, section 3.2); a divisor of the number of ranks, 1 for none.
+        sequence_parallel_size: Ranks, one after the other, that share rows (:mod:`distft.engine.sequence`): they are
+            given the same batches, and each passes its part of the tokens.
     """
 
     dtype: torch.dtype = torch.float32
@@ -32,6 +36,8 @@ class Settings:
     offload: str = "none"
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
+    hpz_partition_size: int = 1
+    sequence_parallel_size: int = 1
 
 
 #: What is kept of a trained parameter.
@@ -74,7 +80,8 @@ class Engine(Protocol):
 
         Returns:
             The sum of each row's token losses, unscaled: (B,) in fp64, 0 for a row without any; (0,) for an empty
-            batch. It is on the device, which need not be done with the pass yet.
+            batch. It is on the device, which need not be done with the pass yet. Of ranks that share rows each has
+            the sum of its own tokens.
         """
         ...
 

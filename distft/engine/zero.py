@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 0 to 3 over gloo or NCCL: the only file that imports DeepSpeed.
+"""DeepSpeed ZeRO 0 to 3 over gloo or NCCL; beside it only :mod:`distft.engine.sequence` imports DeepSpeed.
 
 DeepSpeed averages over ranks and divides by accumulation steps; neither is wanted where ranks hold unequal numbers of
 micro-batches and supervised tokens (deepspeedai/DeepSpeed#1488, #966). So accumulation is 1 in its configuration, the
@@ -18,12 +18,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from distft.engine import pieces, processes, shares
 from distft.engine.clip import clip
 from distft.engine.memory import peak_memory_bytes
 from distft.engine.protocol import KINDS, Settings, StateReader, parameter_groups, row_losses
+from distft.engine.sequence import SharedRows
 from distft.engine.snapshot import Snapshot
 from distft.errors import DistftError
 from distft.model import Batch, LossModel
@@ -59,7 +61,7 @@ class ZeroEngine:
 
     Args:
         model: The model, whole, on the CPU and equal on all ranks.
-        settings: Stage, offload, type, decay and clipping.
+        settings: How to train it.
         world: This rank's place.
         device: Where to compute.
     """
@@ -69,6 +71,8 @@ class ZeroEngine:
         self.device = device
         self._settings = settings
         self._aside = processes.aside()
+        shares_rows = settings.sequence_parallel_size > 1
+        self._shared = SharedRows(model, settings.sequence_parallel_size, world) if shares_rows else None
         self._trained = {  # shapes as well: ZeRO-3 leaves nothing of them on the parameters
             name: (parameter, tuple(parameter.shape))
             for name, parameter in model.model.named_parameters()
@@ -97,7 +101,7 @@ class ZeroEngine:
         torch.manual_seed(seed)
         self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
-        loss, rows = self._engine(batch.to(self.device))
+        loss, rows = self._engine(self._part(batch))
         self._engine.backward(loss * (scale * self.world.size), scale_wrt_gas=False)
         return row_losses(batch, rows)
 
@@ -126,8 +130,15 @@ class ZeroEngine:
     def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See :class:`~distft.engine.protocol.Engine`."""
         self._engine.eval()
-        scores: tuple[Tensor, Tensor] = self._engine(batch.to(self.device))
-        return scores
+        losses, hits = self._engine(self._part(batch))
+        if self._shared is None:
+            return losses, hits
+        tokens = batch.labels.shape[1]
+        return self._shared.whole(losses, tokens), self._shared.whole(hits, tokens)
+
+    def _part(self, batch: Batch) -> Batch:
+        """What this rank passes of a batch."""
+        return (batch if self._shared is None else self._shared.part(batch)).to(self.device)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """See :class:`~distft.engine.protocol.Engine`."""
@@ -184,6 +195,12 @@ class ZeroEngine:
         """See :class:`~distft.engine.protocol.Engine`."""
         self._engine.destroy()
         dist.destroy_process_group(self._aside)
+        if self._shared is not None:
+            self._shared.close()
+        if self._settings.hpz_partition_size > 1:
+            # DeepSpeed keeps it for good, and the next engine of this process would take it for its own (0.19.8).
+            dist.destroy_process_group(groups._ZERO_PARAM_INTRA_PARALLEL_GROUP)
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         del self._engine, self._trained
 
 
@@ -212,6 +229,8 @@ def _configuration(settings: Settings, device: torch.device, *, own_norm: bool) 
         zero["offload_optimizer"] = {"device": "cpu"}
         if settings.stage == 3:
             zero["offload_param"] = {"device": "cpu"}
+    if settings.stage == 3:
+        zero["zero_hpz_partition_size"] = settings.hpz_partition_size
     return {
         "data_types": {"grad_accum_dtype": "fp32" if settings.stage > 0 else None},
         "communication_data_type": "fp32",

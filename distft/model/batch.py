@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -61,6 +62,17 @@ class Batch:
         start = max(0, first - tokens // 2)
         part = slice(start, start + tokens)
         return Batch(self.input_ids[:, part], self.position_ids[:, part], self.labels[:, part], self.is_empty)
+
+    def columns(self, index: int, parts: int) -> Batch:
+        """One of equal parts of the columns, (B, T / parts): T rounded up by padding without loss."""
+        width = -(-self.labels.shape[1] // parts)
+        more = width * parts - self.labels.shape[1]
+        part = slice(index * width, (index + 1) * width)
+        ids = F.pad(self.input_ids, (0, more), value=int(self.input_ids[0, 0]))
+        positions = torch.cat([self.position_ids, torch.arange(more).expand(len(ids), -1)], dim=1)
+        labels = F.pad(self.labels, (0, more), value=IGNORED)
+        ids, positions, labels = (each[:, part].contiguous() for each in (ids, positions, labels))
+        return Batch(ids, positions, labels, self.is_empty)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; a GPU copies it when it comes to that, and nothing waits for it."""

@@ -105,6 +105,10 @@ class Shape:
             if len(shape) == 2 and not _is_embedding(name) and not _is_head(name)
         }
 
+    def heads_divide(self, ranks: int) -> bool:
+        """Whether so many ranks can have equally many heads; those of keys may be repeated for them."""
+        return self.heads % ranks == 0 and (self.kv_heads % ranks == 0 or ranks % self.kv_heads == 0)
+
     def trained(self, adapter: AdapterSection | None) -> int:
         """Parameters that are trained: all, or those of a low-rank adapter, ``rank (in + out)`` for each matrix.
 

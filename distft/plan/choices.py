@@ -14,7 +14,7 @@ from distft.plan.devices import known
 from distft.plan.fit import Room, Subject, choose_way, setup_of, ways
 from distft.plan.hardware import Hardware
 from distft.plan.setup import Setup
-from distft.plan.speed import EFFICIENCY, Rates, flops_per_token, step_time
+from distft.plan.speed import EFFICIENCY, Rates, flops_per_token, gathers, step_time
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ class Choices:
     activation_checkpointing: Choice[bool]
     compile: Choice[bool]
     batch: BatchPlan
+    hpz: Choice[int] = Choice(1, "set in the job")
+    sequence_parallel: Choice[int] = Choice(1, "set in the job")
     threads: Choice[int] | None = None
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -61,6 +63,13 @@ class Choices:
             "train.compile": self.compile,
             "train.micro_batch_size": Choice(self.batch.micro_batch_size, self.batch.reason),
         }
+        if self.sequence_parallel != Choice(1, "set in the job"):
+            choices["train.sequence_parallel_size"] = self.sequence_parallel
+        if self.stage.value == 3:
+            choices["zero.hpz_partition_size"] = self.hpz
+        elif self.hpz.value > 1:
+            reason = f"at stage {self.stage.value} every worker has all weights"
+            choices["zero.hpz_partition_size"] = Choice(1, reason)
         if self.threads is not None:
             choices["cluster.resources_per_worker.CPU"] = self.threads
         return {key: {"value": choice.value, "reason": choice.reason} for key, choice in choices.items()}
@@ -95,12 +104,14 @@ def choose(
         JobError: A setting cannot be used.
         CapacityError: The job does not fit, whatever is left open.
     """
+    sharing = choose_sequence_parallel(job.train.sequence_parallel_size, world_size, shape)
     batch = BatchPlan.solve(
         job.train.batch_size,
         world_size,
         job.train.micro_batch_size,
         job.data.max_tokens,
         hardware.device_type,
+        sequence_parallel_size=sharing.value,
         most_workers=most_workers,
         micro_batch_limit=micro_batch_limit,
     )
@@ -111,6 +122,8 @@ def choose(
         choose_activation_checkpointing(job.train.activation_checkpointing),
         Choice(False, "not decided yet"),
         batch,
+        choose_hpz(job.zero.hpz_partition_size, world_size, workers_per_node),
+        sharing,
     )
     seconds = None
     if shape is not None:
@@ -118,12 +131,15 @@ def choose(
         setup = setup_of(
             job,
             hardware,
+            batch,
             dtype=first.dtype.value,
             stage=first.stage.value,
-            micro_batch_size=batch.micro_batch_size,
-            workers=world_size,
             nodes=-(-world_size // workers_per_node),
+            hpz=first.hpz.value,
         )
+        if job.zero.hpz_partition_size == "auto" and first.hpz.value > 1 and gathers(subject.shape, setup) == 1:
+            first = replace(first, hpz=Choice(1, "a step gathers the weights once"))
+            setup = replace(setup, hpz=1)
         if job.zero.stage == "auto" and micro_batch_limit is None:  # where memory ran out, nothing takes more of it
             first = replace(first, stage=_quicker(first.stage, job, subject, setup, hardware))
         if (room := Room.of(hardware, workers_per_node)) is not None:
@@ -164,16 +180,19 @@ def _fitted(first: Choices, job: Job, subject: Subject, setup: Setup, room: Room
     wanted = next(ways(job, subject, setup)).memory.device_bytes
     told = f"{amount(way.memory.device_bytes)} of {amount(room.total_bytes)} a worker; {amount(wanted)} without it"
     checkpointing, stage, offload, batch = first.activation_checkpointing, first.stage, first.offload, first.batch
+    hpz = first.hpz
     if way.setup.checkpointing != checkpointing.value:
         checkpointing = Choice(way.setup.checkpointing, f"memory: {told}")
     if way.setup.stage != stage.value:
         stage = Choice(way.setup.stage, f"memory: {told}")
     if way.setup.offload != offload.value:
         offload = Choice(way.setup.offload, f"memory: {told}")
+    if way.setup.hpz != hpz.value:
+        hpz = Choice(way.setup.hpz, f"memory: {told}")
     if way.setup.micro_batch_size != batch.micro_batch_size:
         size = way.setup.micro_batch_size
         batch = replace(batch, micro_batch_size=size, reason=f"{batch.reason}; {size} to fit into memory: {told}")
-    return replace(first, stage=stage, offload=offload, activation_checkpointing=checkpointing, batch=batch)
+    return replace(first, stage=stage, offload=offload, activation_checkpointing=checkpointing, batch=batch, hpz=hpz)
 
 
 def choose_dtype(asked: str, hardware: Hardware) -> Choice[str]:
@@ -214,6 +233,43 @@ def choose_offload(asked: str, hardware: Hardware) -> Choice[str]:
     return Choice("none", "it fits on the device")
 
 
+def choose_hpz(asked: int | Literal["auto"], world_size: int, workers_per_node: int) -> Choice[int]:
+    """Workers that hold the weights once more between them, before time and memory are looked at."""
+    if asked == 1:
+        return Choice(1, "set in the job")
+    size = workers_per_node if asked == "auto" else asked
+    if asked == "auto" and size >= world_size:
+        return Choice(1, "all workers are on one node")
+    if size == 1:
+        return Choice(1, "each worker is on a node of its own")
+    if world_size % size:
+        return Choice(1, f"{world_size} workers cannot be divided into groups of {size}")
+    if size == world_size:
+        return Choice(1, "these are all workers, over which the weights are split in any case")
+    return Choice(size, "the workers of a node" if asked == "auto" else "set in the job")
+
+
+def choose_sequence_parallel(asked: int, world_size: int, shape: Shape | None) -> Choice[int]:
+    """Workers that share rows; fewer than the job asks for where their number, which may change, cannot be divided so.
+
+    Raises:
+        JobError: The model's heads cannot be divided so.
+    """
+    usable = [size for size in range(1, asked + 1) if asked % size == 0 and (not shape or shape.heads_divide(size))]
+    if shape is not None and asked not in usable:
+        possible = [str(size) for size in range(2, shape.heads + 1) if shape.heads_divide(size)]
+        heads = f"{shape.heads} attention heads, {shape.kv_heads} of keys,"
+        raise JobError(
+            f"the model's {heads} cannot be divided between {asked} workers",
+            where="train.sequence_parallel_size",
+            fix=f"choose {', '.join(possible)} or remove it" if possible else "remove it",
+        )
+    size = max(size for size in usable if world_size % size == 0)
+    if size < asked:
+        return Choice(size, f"{world_size} workers cannot be divided into groups of {asked}")
+    return Choice(size, "set in the job")
+
+
 def choose_compile(
     job: Job, hardware: Hardware, stage: int, compute_seconds: float | None, *, compiler: bool
 ) -> Choice[bool]:
@@ -233,7 +289,9 @@ def choose_compile(
     if asked is False:
         return Choice(False, "set in the job")
     obstacle = None
-    if stage == 3:
+    if job.train.sequence_parallel_size > 1:
+        obstacle = "the exchange between workers that share rows cannot be compiled with a layer"
+    elif stage == 3:
         obstacle = "ZeRO-3 gathers a layer's weights in hooks that a compiled layer does not call"
     elif adapter is not None and adapter.quantize is not None:
         obstacle = "four-bit matrices have kernels of their own"

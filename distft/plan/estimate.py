@@ -154,11 +154,11 @@ def first_setup(job: Job, hardware: Hardware, choices: Choices, nodes: int) -> S
     setup = setup_of(
         job,
         hardware,
+        choices.batch,
         dtype=choices.dtype.value,
         stage=choices.stage.value,
-        micro_batch_size=choices.batch.micro_batch_size,
-        workers=choices.batch.world_size,
         nodes=nodes,
+        hpz=choices.hpz.value,
     )
     return replace(
         setup,

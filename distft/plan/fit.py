@@ -12,6 +12,7 @@ from distft.config.sections import AdapterSection
 from distft.config.values import amount
 from distft.errors import CapacityError
 from distft.model.shape import Shape
+from distft.plan.batch import BatchPlan
 from distft.plan.hardware import Hardware
 from distft.plan.memory import PROCESS_BYTES, Memory, memory
 from distft.plan.setup import Setup
@@ -96,9 +97,7 @@ class Room:
         return need.device_bytes <= self.total_bytes and (self.host_bytes is None or need.host_bytes <= self.host_bytes)
 
 
-def setup_of(
-    job: Job, hardware: Hardware, *, dtype: str, stage: int, micro_batch_size: int, workers: int, nodes: int
-) -> Setup:
+def setup_of(job: Job, hardware: Hardware, batch: BatchPlan, *, dtype: str, stage: int, nodes: int, hpz: int) -> Setup:
     """The job's way of running it, with what is decided already; activations are kept unless the job says otherwise."""
     adapter = job.model.adapter
     return Setup(
@@ -107,14 +106,16 @@ def setup_of(
         stage=stage,
         offload="none" if job.zero.offload == "auto" else job.zero.offload,
         checkpointing=job.train.activation_checkpointing is True,
-        workers=workers,
+        workers=batch.world_size,
         nodes=nodes,
-        batch_size=job.train.batch_size,
-        micro_batch_size=micro_batch_size,
+        batch_size=batch.batch_size,
+        micro_batch_size=batch.micro_batch_size,
         row_tokens=job.data.max_tokens,
         attended_tokens=job.data.max_tokens,
         masked=job.data.packing and hardware.device_type != "cpu" and dtype == "fp32",
         quantised=adapter is not None and adapter.quantize is not None,
+        hpz=hpz,
+        sharing=batch.sequence_parallel_size,
     )
 
 
@@ -122,23 +123,29 @@ def ways(job: Job, subject: Subject, first: Setup, process_bytes: int = PROCESS_
     """The ways that the job leaves open, cheapest in time first, beginning with ``first``.
 
     A smaller micro-batch costs least, then splitting gradients between workers (they are sent in every pass then), then
-    weights (half as much traffic again), then computing activations twice (a third more arithmetic), then an update by
-    the host's processor.
+    weights (half as much traffic again; more between nodes without a second copy), then computing activations twice (a
+    third more arithmetic), then an update by the host's processor.
     """
     open_stage = job.zero.stage == "auto" and first.workers > 1 and first.stage < 3 and not subject.quantised
     open_checkpointing = job.train.activation_checkpointing == "auto"
+    open_hpz = job.zero.hpz_partition_size == "auto" and first.hpz > 1
     open_offload = job.zero.offload == "auto" and first.device_type == "cuda" and first.offload == "none"
-    for offload, checkpointing, stage, size in itertools.product(
+    for offload, checkpointing, stage, hpz, size in itertools.product(
         ("none", "cpu") if open_offload else (first.offload,),
         (first.checkpointing, True) if open_checkpointing else (first.checkpointing,),
         range(first.stage, 4) if open_stage else (first.stage,),
+        (first.hpz, 1) if open_hpz else (first.hpz,),
         _halved(first.micro_batch_size) if job.train.micro_batch_size == "auto" else (first.micro_batch_size,),
     ):
+        if stage < 3 and hpz != first.hpz:
+            continue  # it is nothing there
         if offload == "cpu" and stage == 0:
             if job.zero.stage != "auto":
                 continue  # asked for: nothing is split that could be kept elsewhere
             stage = 1
-        setup = replace(first, offload=offload, checkpointing=checkpointing, stage=stage, micro_batch_size=size)
+        setup = replace(
+            first, offload=offload, checkpointing=checkpointing, stage=stage, micro_batch_size=size, hpz=hpz
+        )
         yield Way(setup, memory(subject.shape, subject.trained, setup, process_bytes))
 
 
@@ -192,6 +199,8 @@ def describe(setup: Setup) -> str:
     """``ZeRO 2 on 4 workers, micro-batch 1, activations computed again``."""
     parts = [f"ZeRO {setup.stage} on {setup.workers} worker{'' if setup.workers == 1 else 's'}"]
     parts.append(f"micro-batch {setup.micro_batch_size}")
+    parts += [f"rows shared by {setup.sharing}"] if setup.sharing > 1 else []
+    parts += [f"weights once more in each {setup.hpz}"] if setup.stage == 3 and setup.hpz > 1 else []
     parts += ["optimizer in host memory"] if setup.offload == "cpu" else []
     parts += ["activations computed again"] if setup.checkpointing else []
     return ", ".join(parts)
@@ -209,6 +218,10 @@ def _advice(job: Job, subject: Subject, least: Setup, room: Room) -> str:
     ]
     if least.workers > 1 and not subject.quantised:
         mild.append(("zero.stage: 3", {"stage": 3}))
+    if least.stage == 3:
+        mild.append(("zero.hpz_partition_size: 1", {"hpz": 1}))
+    if sharing := _most_sharing(job, subject, least):
+        mild.append((f"train.sequence_parallel_size: {sharing}", {"sharing": sharing}))
     if least.device_type == "cuda":
         mild.append(("zero.offload: cpu", {"offload": "cpu", "stage": max(least.stage, 1)}))
     mild = [(said, changes) for said, changes in mild if replace(least, **changes) != least]
@@ -231,6 +244,15 @@ def _advice(job: Job, subject: Subject, least: Setup, room: Room) -> str:
     if half >= LEAST_ROW and fits(replace(least, row_tokens=half, attended_tokens=half)):
         found.append(f"data.max_tokens: {half}")
     return f"what would fit: {'; or '.join(found)}" if found else "it needs a smaller model, or larger devices"
+
+
+def _most_sharing(job: Job, subject: Subject, least: Setup) -> int:
+    """The most workers that could share rows; 0 where none could."""
+    adapter, shape = job.model.adapter, subject.shape
+    if adapter is not None and adapter.dropout > 0:
+        return 0
+    sizes = range(2, least.workers + 1)
+    return max((size for size in sizes if least.workers % size == 0 and shape.heads_divide(size)), default=0)
 
 
 def _more_workers(subject: Subject, least: Setup, room: Room) -> list[str]:

@@ -96,7 +96,7 @@ def memory(shape: Shape, trained: int, setup: Setup, process_bytes: int = PROCES
     state, gradients = _state(shape, trained, setup), _kept_gradients(trained, setup)
     on_host = {"fp32 weights": state.pop("fp32 weights"), "moments": state.pop("moments")} if offloads else {}
     if offloads and setup.stage == 3:
-        on_host["weights"] = state.pop("weights")
+        on_host |= {name: state.pop(name) for name in ("weights", "second copy of weights") if name in state}
     if offloads and setup.stage >= 2:
         on_host["gradients"], gradients = gradients, 0
     if cpu:
@@ -161,15 +161,16 @@ def _state(shape: Shape, trained: int, setup: Setup) -> dict[str, int]:
     weights = _weight_bytes(shape, setup) + adapter * setup.bytes
     plain = setup.bytes == 4 and (setup.stage == 0 or setup.offload == "none")  # they are stepped where they lie
     share = _share(trained, setup)
-    bucket = (
-        {"bucket": setup.bytes * _bucket_elements(trained, setup)} if setup.stage == 3 else {}
-    )  # DeepSpeed keeps it
-    return {
+    state = {
         "weights": math.ceil(weights / setup.workers) if setup.stage == 3 else weights,
         "fp32 weights": 0 if plain else 4 * share,
         "moments": 8 * share,
-        **bucket,
     }
+    if setup.stage == 3:
+        state["bucket"] = setup.bytes * _bucket_elements(trained, setup)  # DeepSpeed keeps it
+        if setup.hpz > 1:  # ZeRO++, arXiv 2306.10209, section 3.2
+            state["second copy of weights"] = math.ceil(weights / setup.hpz)
+    return state
 
 
 def _gathered_bytes(shape: Shape, setup: Setup) -> Parts:
@@ -242,17 +243,18 @@ def activation_bytes(shape: Shape, setup: Setup) -> int:
 def _layer_bytes(shape: Shape, setup: Setup) -> int:
     """Of one layer: two norms, queries, keys, values, what attention gives, the MLP.
 
-    With a mask keys and values are repeated to be as wide as the queries; otherwise they are kept as they are.
+    With a mask keys and values are repeated to be as wide as the queries; otherwise they are kept as they are. Ranks
+    that share rows keep all tokens of their share of the heads, at least one of keys, and the whole mask.
     A norm keeps its input and its normalised input in fp32 or cast back, and its output, which the matrices keep.
     Where what is elementwise is computed again (:mod:`distft.model.recompute`, compiled layers), a norm keeps its input
     alone, and the MLP what goes into its activation function and what that is multiplied with.
     """
     s, attention = setup.bytes, shape.heads * shape.head_size
-    keys = attention if setup.masked else shape.kv_heads * shape.head_size
+    keys = attention if setup.masked else max(shape.kv_heads, setup.sharing) * shape.head_size
     again = setup.compiled or (setup.device_type == "cpu" and not setup.checkpointing)
     norms = 2 * (s if again else 4 + 2 * s) * shape.hidden
     wide = (2 if shape.gated else 1) * (1 if again else 2) * shape.intermediate * shape.experts_used
-    mask = s * setup.row_tokens if setup.masked else 0
+    mask = s * setup.row_tokens * setup.sharing if setup.masked else 0
     return round(setup.pass_tokens * (norms + 2 * s * (attention + keys) + s * wide + mask))
 
 

@@ -28,6 +28,8 @@ class Setup:
         quantised: Whether frozen matrices are in four bits (QLoRA).
         fill: The share of a row's tokens that is no padding.
         compiled: Whether layers are compiled.
+        hpz: Ranks that hold a second copy of the weights between them, at stage 3 (ZeRO++'s hpZ); 1: none.
+        sharing: Ranks S that share rows (DeepSpeed-Ulysses); 1: none.
     """
 
     device_type: str
@@ -45,6 +47,8 @@ class Setup:
     quantised: bool = False
     fill: float = 1.0
     compiled: bool = False
+    hpz: int = 1
+    sharing: int = 1
 
     @property
     def bytes(self) -> int:
@@ -53,18 +57,19 @@ class Setup:
 
     @property
     def pass_tokens(self) -> int:
-        """Tokens of one forward pass, B T."""
-        return self.micro_batch_size * self.row_tokens
+        """Tokens of one forward pass on a rank, B T / S."""
+        return self.micro_batch_size * math.ceil(self.row_tokens / self.sharing)
 
     @property
     def passes(self) -> int:
         """Passes of a step that each rank makes: gradient accumulation."""
-        return math.ceil(math.ceil(self.batch_size / self.micro_batch_size) / self.workers)
+        return math.ceil(math.ceil(self.batch_size / self.micro_batch_size) * self.sharing / self.workers)
 
     @property
     def rank_tokens(self) -> float:
         """Tokens of a step on the rank that has most of them."""
-        return min(self.passes * self.micro_batch_size, self.batch_size) * self.row_tokens * self.fill
+        rows = min(self.passes * self.micro_batch_size, self.batch_size)
+        return rows * self.row_tokens * self.fill / self.sharing
 
     @property
     def step_tokens(self) -> float:

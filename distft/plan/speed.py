@@ -110,28 +110,32 @@ class Collective:
     """One kind of exchange in a step.
 
     Attributes:
+        ranks: N, those that take part, one after the other.
         rounds: How often the data goes around the ring: 2 for an all-reduce, 1 for all-gather and reduce-scatter.
         bytes: Of the whole tensor.
         times: How often in a step.
         messages: In how many pieces it is sent each time.
     """
 
+    ranks: int
     rounds: int
     bytes: int
     times: int
     messages: int = 1
 
-    def sent(self, ranks: int) -> float:
+    @property
+    def sent(self) -> float:
         """Bytes that each rank sends in a step: ``rounds (N - 1) / N bytes``."""
-        return self.times * self.rounds * (ranks - 1) / ranks * self.bytes
+        return self.times * self.rounds * (self.ranks - 1) / self.ranks * self.bytes
 
-    def seconds(self, ranks: int, alpha: float, beta: float) -> float:
+    def seconds(self, alpha: float, beta: float) -> float:
         """Of a ring: ``rounds (N - 1) (alpha messages + bytes / (N beta))``.
 
         Thakur, Rabenseifner and Gropp, Optimization of Collective Communication Operations in MPICH (2005), sections
         4.1 and 4.4: all-gather by ring, and all-reduce as reduce-scatter and all-gather.
         """
-        return self.times * self.rounds * (ranks - 1) * (alpha * self.messages + self.bytes / (ranks * beta))
+        turn = alpha * self.messages + self.bytes / (self.ranks * beta)
+        return self.times * self.rounds * (self.ranks - 1) * turn
 
 
 def collectives(shape: Shape, trained: int, setup: Setup, gradient_bytes: int = 4) -> list[Collective]:
@@ -140,7 +144,9 @@ def collectives(shape: Shape, trained: int, setup: Setup, gradient_bytes: int = 
     ZeRO (arXiv 1910.02054, section 7) moves 2 Q up to stage 2 and 3 Q at stage 3. DeepSpeed's stages 1 and 2 all-reduce
     gradients, and gather weights after the update; from stage 2 on it sends gradients after every pass, and stage 3
     gathers weights for every pass, once more for the backward pass where not all of them may stay. With gloo a
-    reduce-scatter sends as much as an all-reduce, so that stage 3 moves 4 Q.
+    reduce-scatter sends as much as an all-reduce, so that stage 3 moves 4 Q. Where groups of ranks hold the weights
+    once more (ZeRO++, arXiv 2306.10209, section 3.2) only the first pass after an update gathers from all ranks, and
+    that only what is trained.
 
     Args:
         shape: The model.
@@ -150,16 +156,39 @@ def collectives(shape: Shape, trained: int, setup: Setup, gradient_bytes: int = 
     """
     if setup.workers == 1:
         return []
-    gradients, weights = gradient_bytes * trained, setup.bytes * trained
+    ranks, gradients, weights = setup.workers, gradient_bytes * trained, setup.bytes * trained
     buckets = math.ceil(trained / (WHOLE_BUCKET if setup.stage == 0 else BUCKET[setup.device_type]))
     if setup.stage == 0:
-        return [Collective(2, gradients, 1, buckets)]
+        return [Collective(ranks, 2, gradients, 1, buckets)]
     if setup.stage < 3:
-        return [Collective(2, gradients, setup.passes if setup.stage == 2 else 1, buckets), Collective(1, weights, 1)]
-    again = 2 if shape.parameters > LIVE else 1
-    gathered = Collective(1, setup.bytes * shape.parameters, again * setup.passes, shape.layers)
+        times = setup.passes if setup.stage == 2 else 1
+        return [Collective(ranks, 2, gradients, times, buckets), Collective(ranks, 1, weights, 1)]
     rounds = 2 if setup.device_type == "cpu" else 1
-    return [gathered, Collective(rounds, gradients, setup.passes, buckets)]
+    scattered = Collective(ranks, rounds, gradients, setup.passes, buckets)
+    every, times = setup.bytes * shape.parameters, gathers(shape, setup)
+    if setup.hpz == 1:
+        return [Collective(ranks, 1, every, times, shape.layers), scattered]
+    first = Collective(ranks, 1, weights, 1, shape.layers)
+    again = Collective(setup.hpz, 1, every, times - (1 if trained == shape.parameters else 0), shape.layers)
+    return [first, again, scattered]
+
+
+def gathers(shape: Shape, setup: Setup) -> int:
+    """How often a step at stage 3 gathers the weights."""
+    return (2 if shape.parameters > LIVE else 1) * setup.passes
+
+
+def head_exchange(shape: Shape, setup: Setup) -> Collective:
+    """What ranks that share rows exchange in a step: tokens for heads.
+
+    For each layer queries, keys, values and what attention gives go from rank to rank and, as gradients, back
+    (DeepSpeed-Ulysses, arXiv 2309.14509, section 3.2); once more where activations are computed again. Of its bytes
+    each rank keeps 1 / S, as in a ring.
+    """
+    heads = 2 * (shape.heads + max(shape.kv_heads, setup.sharing))
+    width = setup.pass_tokens * heads * shape.head_size * setup.bytes
+    times = setup.passes * (3 if setup.checkpointing else 2)
+    return Collective(setup.sharing, 1, shape.layers * width, times, 4 * shape.layers)
 
 
 def flops_per_token(shape: Shape, trained: int, attended_tokens: float) -> float:
@@ -189,7 +218,7 @@ class StepTime:
         handling: What becomes of gradients after each pass, see ``HANDLED``.
         update: The optimizer.
         sending: All exchanges.
-        waiting: The part of them that computing does not hide.
+        waiting: The part of them that computing does not hide; what ranks that share rows exchange is never hidden.
         sent_bytes: What each rank sends.
     """
 
@@ -221,10 +250,23 @@ def step_time(shape: Shape, trained: int, setup: Setup, rates: Rates, gradient_b
     handled = HANDLED[setup.stage] * trained * setup.passes if handles else 0
     share = trained if setup.stage == 0 else math.ceil(trained / setup.workers)
     update = share * (28 + setup.bytes) / rates.memory_bandwidth
-    beta = rates.link if setup.nodes == 1 else min(rates.link, rates.network)
-    alpha = rates.latency[0 if setup.nodes == 1 else 1]
     exchanges = collectives(shape, trained, setup, gradient_bytes)
-    sending = sum(each.seconds(setup.workers, alpha, beta) for each in exchanges)
+    sending = sum(_seconds(each, setup, rates) for each in exchanges)
     hidden = 0.0 if setup.device_type == "cpu" or setup.stage == 0 else compute * (1 if setup.stage == 3 else 2 / 3)
-    sent = sum(each.sent(setup.workers) for each in exchanges)
-    return StepTime(compute, handled / rates.memory_bandwidth, update, sending, max(0.0, sending - hidden), sent)
+    heads = head_exchange(shape, setup)
+    between = _seconds(heads, setup, rates)
+    return StepTime(
+        compute,
+        handled / rates.memory_bandwidth,
+        update,
+        sending + between,
+        max(0.0, sending - hidden) + between,
+        sum(each.sent for each in (*exchanges, heads)),
+    )
+
+
+def _seconds(each: Collective, setup: Setup, rates: Rates) -> float:
+    """Of an exchange among ranks that follow one another, over the network unless they are all on one node."""
+    if each.ranks <= setup.workers // setup.nodes:
+        return each.seconds(rates.latency[0], rates.link)
+    return each.seconds(rates.latency[1], min(rates.link, rates.network))

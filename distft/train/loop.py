@@ -264,7 +264,7 @@ def _exchange(
 
     Args:
         training: The run.
-        mine: Loss sums of the step's rows, (rows,), 0 where another rank has the row.
+        mine: Loss sums of the step's rows, (rows,), of this rank's tokens of them.
 
     Returns:
         Every row's loss sum, (rows,); the most memory that each rank held, in bytes; whether a save is
@@ -288,8 +288,12 @@ def _row_losses(
     scale: float,
     clock: _Clock,
 ) -> npt.NDArray[np.float64]:
-    """Runs this rank's passes of a step; the loss sums of its rows in their places among the step's, (rows,)."""
-    engine, size = training.engine, training.plan.micro_batch_size
+    """Runs this rank's passes of a step; the loss sums of its rows in their places among the step's, (rows,).
+
+    Of ranks that share rows each has those of its own tokens.
+    """
+    engine, plan = training.engine, training.plan
+    size, group = plan.micro_batch_size, plan.group_of(engine.world.rank)
     losses = np.zeros(len(indices))
     found: list[Tensor] = []
     places: list[int] = []
@@ -297,7 +301,7 @@ def _row_losses(
         began = time.perf_counter()
         batch = batch_of(training.rows, part, training.pad_id, training.width)
         clock.data_seconds += time.perf_counter() - began
-        place = turn * engine.world.size + engine.world.rank
+        place = turn * plan.groups + group
         seed = micro_batch_seed(training.seed, number, place)
         last = turn == len(micro_batches) - 1
         found.append(engine.forward_backward(batch, scale, last=last, seed=seed))
@@ -313,18 +317,20 @@ def validate(training: Training, number: int) -> float:
     Reported beside it is accuracy for a classifier, perplexity for a language model. With class weights the loss is
     weighted as in training.
     """
-    engine, rows = training.engine, training.validation
-    size = training.plan.micro_batch_size
+    engine, rows, plan = training.engine, training.validation, training.plan
+    size, group = plan.micro_batch_size, plan.group_of(engine.world.rank)
     scored = training.validation_rows
-    mine = scored[engine.world.rank :: engine.world.size]
-    passes = math.ceil(math.ceil(len(scored) / engine.world.size) / size)
+    mine = scored[group :: plan.groups]
+    passes = math.ceil(math.ceil(len(scored) / plan.groups) / size)
+    counts = engine.world.rank % plan.sequence_parallel_size == 0  # all of a group know the same
     start = time.perf_counter()
     sums = [0.0, 0.0]
     for turn in range(passes):
         training.watchdog.alive()
         batch = batch_of(rows, mine[turn * size : (turn + 1) * size], training.pad_id)
         losses, hits = engine.scores(batch)
-        sums = [sums[0] + float(losses.double().sum()), sums[1] + int(hits.sum())]
+        if counts:
+            sums = [sums[0] + float(losses.double().sum()), sums[1] + int(hits.sum())]
     supervised = rows.supervised_tokens(scored)
     loss, accuracy = (total / max(1, supervised) for total in engine.sum_over_ranks(sums))
     quick = {"accuracy": accuracy} if training.classifies else {"perplexity": math.exp(min(loss, 700.0))}

@@ -219,6 +219,8 @@ def _settings(job: Job, choices: Choices) -> engines.Settings:
         dtype=DTYPES[choices.dtype.value],
         stage=choices.stage.value,
         offload=choices.offload.value,
+        hpz_partition_size=choices.hpz.value if choices.stage.value == 3 else 1,
+        sequence_parallel_size=choices.sequence_parallel.value,
         weight_decay=job.train.weight_decay,
         max_grad_norm=job.train.max_grad_norm,
     )

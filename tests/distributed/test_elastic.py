@@ -35,13 +35,15 @@ class Shape:
     ranks: int
     stage: int
     kind: str = "zero"
+    hpz: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.ranks}-{self.stage}"
+        return f"{self.kind}-{self.ranks}-{self.stage}-{self.hpz}"
 
 
 PLAIN = Shape(1, 0, "plain")
+NODES = Shape(4, 3, hpz=2)
 SHAPES = [PLAIN, *(Shape(ranks, stage) for ranks in (1, 2, 3) for stage in range(4))]
 
 
@@ -83,7 +85,9 @@ def open_engine(home: Path, variant: str, shape: Shape) -> Any:
     dtype, adapter, folder = VARIANTS[variant]
     job = tiny.job(home, model={"source": folder, "dtype": dtype, "adapter": adapter})
     model = LossModel(training_model(job, home / folder, DTYPES[dtype], [], 1))
-    settings = engines.Settings(DTYPES[dtype], shape.stage, weight_decay=0.1, max_grad_norm=1.0)
+    settings = engines.Settings(
+        DTYPES[dtype], shape.stage, weight_decay=0.1, max_grad_norm=1.0, hpz_partition_size=shape.hpz
+    )
     world = World() if shape.kind == "plain" else World.from_environment()
     return engines.open(model, settings, world, shape.kind)  # type: ignore[arg-type]
 
@@ -177,7 +181,8 @@ def check(home: Path, moves: list[Move]) -> dict[str, list[dict[str, Any]]]:
     return moved
 
 
-#: Every stage written by some and read by another, both ways between one, two and three ranks, each variant.
+#: Every stage written by some and read by another, both ways between one, two and three ranks, each variant; and four
+#: ranks of which two by two hold the weights once more.
 MOVES = [
     *(Move("full", Shape(2, stage), Shape(2, stage)) for stage in range(4)),
     Move("full", Shape(2, 3), Shape(1, 0)),
@@ -191,6 +196,9 @@ MOVES = [
     Move("bf16", Shape(2, 1), Shape(2, 1)),
     Move("bf16", Shape(2, 2), Shape(1, 3)),
     Move("dropout", Shape(3, 1), Shape(2, 3)),
+    *(Move(variant, NODES, NODES) for variant in ("full", "lora", "bf16")),
+    Move("full", Shape(2, 2), NODES),
+    Move("full", NODES, Shape(3, 1)),
 ]
 
 

@@ -25,6 +25,10 @@ FP32 = [
     (2, 0, 2), (2, 1, 4), (2, 2, 1), (2, 3, 4),
     (3, 0, 4), (3, 1, 1), (3, 2, 2), (3, 3, 1),
 ]  # fmt: skip
+#: Four ranks, of which two by two hold the weights once more.
+HPZ = [(4, 3, 1), (4, 3, 2)]
+#: Ranks that share rows, two by two or all four; the last ones hold the weights once more besides.
+SHARING = [(2, 2, 2, 2), (4, 0, 1, 4), (4, 1, 4, 2), (4, 3, 2, 2)]
 BF16 = [(2, 0, 2), (2, 1, 1), (2, 2, 2), (2, 3, 4), (3, 2, 1)]
 DROPOUT = [(2, 3, 2), (3, 0, 2)]
 
@@ -39,10 +43,12 @@ class Configuration:
     dtype: str = "fp32"
     kind: str = "zero"
     model: str = "model"
+    hpz: int = 1
+    sharing: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.model}-{self.dtype}-{self.ranks}-{self.stage}-{self.micro_batch}"
+        return "-".join(map(str, vars(self).values()))
 
     def settings(self) -> list[str]:
         return [
@@ -50,6 +56,8 @@ class Configuration:
             f"train.micro_batch_size={self.micro_batch}",
             f"model.dtype={self.dtype}",
             f"cluster.workers={self.ranks}",
+            f"zero.hpz_partition_size={self.hpz}",
+            f"train.sequence_parallel_size={self.sharing}",
         ]
 
 
@@ -61,21 +69,25 @@ ALL = [
     REFERENCE_BF16,
     REFERENCE_DROPOUT,
     *(Configuration(*configuration) for configuration in FP32),
+    *(Configuration(*configuration, hpz=2) for configuration in HPZ),
     *(Configuration(*configuration, dtype="bf16") for configuration in BF16),
+    Configuration(4, 3, 2, "bf16", hpz=2),
+    *(Configuration(*one, hpz=2 if one[1] == 3 else 1, sharing=sharing) for *one, sharing in SHARING),
+    Configuration(2, 2, 2, "bf16", sharing=2),
     *(Configuration(*configuration, model="dropout") for configuration in DROPOUT),
 ]
 
 
 def train_all(folder: str, configurations: list[list[Any]]) -> None:
-    for ranks, stage, micro_batch, dtype, kind, model in configurations:
-        one = Configuration(ranks, stage, micro_batch, dtype, kind, model)
+    for configuration in configurations:
+        one = Configuration(*configuration)
         tiny.train(Path(folder), one.name, *one.settings(), kind=one.kind, model=one.model)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def curves(made: Path) -> dict[Configuration, list[dict[str, Any]]]:
     """The training steps of all configurations: one set of processes per number of ranks."""
-    for ranks in (1, 2, 3):
+    for ranks in (1, 2, 3, 4):
         run_ranks(train_all, ranks, str(made), [list(vars(c).values()) for c in ALL if c.ranks == ranks])
     return {one: tiny.curve(made, one.name) for one in ALL}
 
@@ -113,6 +125,15 @@ def test_invariant_2_loss(
     assert max(differences.values()) < tolerance, differences
 
 
+def test_validation_is_the_same_however_rows_are_dealt(made: Path, curves: dict[Configuration, Any]) -> None:
+    del curves  # they are there
+    losses = {one: [line["loss"] for line in tiny.validations(made, one.name)] for one in ALL if one.dtype == "fp32"}
+    expected = {model: losses[one] for model, one in (("model", REFERENCE), ("dropout", REFERENCE_DROPOUT))}
+    assert all(len(one) == 2 for one in expected.values())
+    for one, found in losses.items():
+        assert found == pytest.approx(expected[one.model], rel=1e-5), one
+
+
 def test_it_learns_and_norms_are_those_before_clipping(curves: dict[Configuration, list[dict[str, Any]]]) -> None:
     curve = curves[REFERENCE]
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
@@ -121,7 +142,10 @@ def test_it_learns_and_norms_are_those_before_clipping(curves: dict[Configuratio
 
 # --- the same digits: twice, and through a kill and a resume ---
 
-SAME = [Configuration(2, stage, 2, dtype) for dtype in ("bf16", "fp32") for stage in (0, 1, 2, 3)]
+SAME = [
+    Configuration(2, 3, 2, sharing=2),
+    *(Configuration(2, stage, 2, dtype) for dtype in ("bf16", "fp32") for stage in (0, 1, 2, 3)),
+]
 
 
 class Gone(Exception):

@@ -35,5 +35,39 @@ def held_once(folder: str) -> list[bool]:
     return found
 
 
+def held_by_nodes(folder: str) -> list[tuple[int, int]]:
+    """Elements of the second partition that a rank holds: after a pass, after the update; without and with one."""
+    import torch
+
+    from distft import engine as engines
+    from distft.model import Batch, LossModel, load_model
+
+    world, found = World.from_environment(), []
+    for size in (2, 1, 2):  # what one engine held is gone with it
+        model = LossModel(load_model(Path(folder), torch.float32))
+        engine = engines.open(model, engines.Settings(stage=3, hpz_partition_size=size), world)
+
+        def held(model: LossModel = model) -> int:
+            return sum(
+                0 if parameter.ds_secondary_tensor is None else parameter.ds_secondary_tensor.numel()  # type: ignore[attr-defined]
+                for parameter in model.parameters()
+            )
+
+        engine.forward_backward(Batch.empty(4), 1.0, last=True, seed=0)
+        after_pass = held()
+        engine.step(1e-3)
+        found.append((after_pass, held()))
+        engine.close()
+    return found
+
+
+def test_ranks_of_a_node_hold_the_weights_once_more(home: Path) -> None:
+    for first, without, again in run_ranks(held_by_nodes, 4, str(home / "model")):
+        assert first == again
+        assert first[0] > 0
+        assert first[1] == 0  # an update makes it stale
+        assert without == [0, 0]
+
+
 def test_fp32_weights_are_held_once(home: Path) -> None:
     assert run_ranks(held_once, 2, str(home / "model")) == [[True] * 3] * 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distft.config import Job
-from distft.runs import Run, training_curve
+from distft.runs import Run, read_lines, training_curve
 from distft.train import Outcome
 from distft.train.reporter import Reporter
 from distft.world import World
@@ -134,3 +134,8 @@ def run_of(folder: Path, name: str) -> Run:
 def curve(folder: Path, name: str) -> list[dict[str, Any]]:
     """The training steps of a run."""
     return training_curve(run_of(folder, name).metrics)
+
+
+def validations(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What validation found in a run."""
+    return [line for line in read_lines(run_of(folder, name).metrics) if line["kind"] == "validation"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from distft.runs import Run, read_json, training_curve
+from distft.train.forecast import measure
 from tests.distributed import tiny
 from tests.integration.test_hosts import HEAD, Hosts, home_on
 from tests.integration.test_hosts import pytestmark as marks
@@ -82,3 +83,25 @@ def test_a_step_over_a_slow_link_takes_what_was_predicted(hosts: Hosts, files: P
     print(f"a step {measured['step_seconds']:.2f} s, {predicted['step_seconds']:.2f} predicted, {sending:.2f} sending")
     print([round(line["step_seconds"], 2) for line in training_curve(run.metrics)])
     assert told["error"]["step_seconds"] == pytest.approx(0, abs=0.25)
+
+
+def test_weights_that_a_node_holds_once_more_do_not_cross_a_slow_link(hosts: Hosts, files: Path) -> None:
+    """Two workers on each of two hosts, four passes a step: with ZeRO++'s hpZ one of them fetches weights over it."""
+    home = home_on(hosts, HEAD, files)
+    setting = "zero.stage=3", "cluster.workers=4", "cluster.resources_per_worker={CPU: 0.5}", "train.batch_size=16"
+    curves, seconds = [], []
+    for size in ("1", "auto"):
+        name = f"hpz-{size}"
+        sets = [
+            word for each in (*setting, "train.steps=8", f"zero.hpz_partition_size={size}") for word in ("--set", each)
+        ]
+        home.distft("train", "tiny.yaml", "--name", name, *sets, timeout=900)
+        run = Run(files / "runs" / name)
+        decided = read_json(run.resolved)["decisions"]["zero.hpz_partition_size"]
+        assert decided["value"] == (1 if size == "1" else 2)
+        curves.append(training_curve(run.metrics))
+        seconds.append(measure(curves[-1])["step_seconds"])
+        planned = read_json(run.plan)["predicted"]["step_seconds"] if run.plan.exists() else None
+        print(f"hpZ {size}: a step {seconds[-1]:.2f} s, {planned} predicted")
+    assert [step["loss"] for step in curves[1]] == [step["loss"] for step in curves[0]]
+    assert seconds[1] < seconds[0]

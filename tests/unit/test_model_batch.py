@@ -91,3 +91,17 @@ def test_a_few_columns_around_the_first_target() -> None:
     assert few.supervised_tokens == 1
     without = Batch(ids, ids, torch.full((2, 40), IGNORED)).around_first_target(8)
     assert without.input_ids[0].tolist() == list(range(8))
+
+
+@given(tokens=st.integers(2, 20), parts=st.integers(1, 5))
+def test_columns_are_the_batch_cut_into_equal_parts(tokens: int, parts: int) -> None:
+    ids = torch.arange(2 * tokens).view(2, tokens)
+    batch = Batch(ids, ids % tokens, ids + 1)
+    cut = [batch.columns(index, parts) for index in range(parts)]
+    assert len({part.input_ids.shape for part in cut}) == 1
+    for name in ("input_ids", "position_ids", "labels"):
+        together = torch.cat([getattr(part, name) for part in cut], dim=1)
+        assert torch.equal(together[:, :tokens], getattr(batch, name))
+    padding = torch.cat([part.labels for part in cut], dim=1)[:, tokens:]
+    assert padding.shape[1] < parts
+    assert (padding == IGNORED).all()

@@ -21,6 +21,7 @@ from tests.unit.test_plan_memory import LLAMA_8B, SMOLLM2
 
 SLOW_CPU = Hardware("cpu", "an old CPU", fast_bf16=False)
 FAST_CPU = Hardware("cpu", "a new CPU", fast_bf16=True)
+H100 = Hardware.of(named("H100"))
 
 sizes = st.integers(1, 40)
 
@@ -160,10 +161,48 @@ def test_gradients_are_sent_once_a_step_where_that_shows(tmp_path: Path) -> None
     assert found.value == 1
     assert "not in each of its 4 passes" in found.reason
     assert stage(job(tmp_path, *settings[1:], "train.micro_batch_size=4"), machine, 2, workers_per_node=2) == 2
-    assert stage(several, Hardware.of(named("H100")), 8, workers_per_node=8) == 2
+    assert stage(several, H100, 8, workers_per_node=8) == 2
     assert stage(several, machine, 2, workers_per_node=2, micro_batch_limit=1) == 2  # memory ran out before
     assert stage(several, replace(machine, memory_bytes=6 * 10**9), 2, workers_per_node=2) == 2  # it would now
     assert stage(job(tmp_path, *settings, "zero.stage=2"), machine, 2, workers_per_node=2) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers", "per_node", "value", "reason"),
+    [
+        ([], 16, 8, 1, "set in the job"),
+        (["zero.hpz_partition_size=auto"], 16, 8, 8, "the workers of a node"),
+        (["zero.hpz_partition_size=auto"], 8, 8, 1, "one node"),
+        (["zero.hpz_partition_size=auto"], 2, 1, 1, "a node of its own"),
+        (["zero.hpz_partition_size=auto"], 12, 8, 1, "cannot be divided into groups of 8"),
+        (["zero.hpz_partition_size=auto", "train.batch_size=4", "train.micro_batch_size=1"], 4, 2, 1, "weights once"),
+        (["zero.hpz_partition_size=4", "cluster.workers={min: 2, max: 8}"], 8, 8, 4, "set in the job"),
+        (["zero.hpz_partition_size=4", "cluster.workers={min: 2, max: 8}"], 6, 8, 1, "groups of 4"),
+        (["zero.hpz_partition_size=4", "cluster.workers={min: 2, max: 8}"], 4, 8, 1, "these are all workers"),
+    ],
+)
+def test_nodes_hold_the_weights_once_more_where_that_saves_their_network(
+    tmp_path: Path, settings: list[str], workers: int, per_node: int, value: int, reason: str
+) -> None:
+    usual = ["zero.stage=3", "train.batch_size=64", "train.micro_batch_size=1", f"cluster.workers={workers}"]
+    made = choose(job(tmp_path, *usual, *settings), workers, H100, shape=SMOLLM2, workers_per_node=per_node)
+    assert made.hpz.value == value
+    assert reason in made.hpz.reason
+    assert made.record()["zero.hpz_partition_size"] == {"value": value, "reason": made.hpz.reason}
+
+
+def test_a_second_copy_of_the_weights_makes_way_for_what_needs_the_memory(tmp_path: Path) -> None:
+    settings = "zero={stage: 3, hpz_partition_size: auto}", "train.batch_size=64", "train.micro_batch_size=1"
+    one = job(tmp_path, *settings, "data.max_tokens=4096", "train.activation_checkpointing=true")
+    fits = choose(one, 8, H100, shape=LLAMA_8B, workers_per_node=4).hpz
+    assert fits.value == 4
+    tight = replace(H100, memory_bytes=31 * 10**9)
+    left = choose(one, 8, tight, shape=LLAMA_8B, workers_per_node=4).hpz
+    assert (left.value, left.reason[:7]) == (1, "memory:")
+    small = job(tmp_path, "zero.hpz_partition_size=auto", *settings[1:])
+    told = choose(small, 8, H100, shape=SMOLLM2, workers_per_node=4).record()
+    assert told["zero.stage"]["value"] == 1
+    assert told["zero.hpz_partition_size"] == {"value": 1, "reason": "at stage 1 every worker has all weights"}
 
 
 def test_threads_are_told_with_what_they_leave_idle(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from distft.config import Job
 from distft.errors import CapacityError, JobError
 from distft.model.shape import Shape, llama_tensors, of_config
 from distft.plan import calibration
+from distft.plan.batch import BatchPlan
 from distft.plan.calibration import Correction, Observation, kind_of
 from distft.plan.choices import choose
 from distft.plan.devices import DEVICES, known, named
@@ -109,7 +110,11 @@ def test_a_mask_is_counted_where_texts_are_not_attended_one_by_one(tmp_path: Pat
         setup_of(
             job(tmp_path, data={"source": "rows.txt", "max_tokens": 4096, "packing": packing}),
             Hardware(device_type, "any", fast_bf16=True),
-            **{"dtype": dtype, "stage": 0, "micro_batch_size": 1, "workers": 1, "nodes": 1},  # type: ignore[arg-type]
+            BatchPlan(8, 1, 1, "asked for"),
+            dtype=dtype,
+            stage=0,
+            nodes=1,
+            hpz=1,
         ).masked
         for device_type, dtype, packing in how
     ]
@@ -134,9 +139,9 @@ def test_more_workers_and_recomputing_never_take_more(stage: int, workers: int, 
 
 
 def test_a_ring_takes_what_alpha_and_beta_say() -> None:
-    reduced = Collective(2, 8_000, 1)
-    assert reduced.sent(4) == 2 * 3 / 4 * 8_000
-    assert reduced.seconds(4, alpha=1e-3, beta=1e6) == pytest.approx(2 * 3 * (1e-3 + 2_000 / 1e6))
+    reduced = Collective(4, 2, 8_000, 1)
+    assert reduced.sent == 2 * 3 / 4 * 8_000
+    assert reduced.seconds(alpha=1e-3, beta=1e6) == pytest.approx(2 * 3 * (1e-3 + 2_000 / 1e6))
 
 
 def test_stages_send_what_zero_says() -> None:
@@ -155,6 +160,24 @@ def test_stages_send_what_zero_says() -> None:
     assert sum(one.rounds * one.bytes * one.times for one in collectives(LLAMA_8B, elements, on_cpu)) == (
         passes * (2 * 2 + 2 * 4) * elements
     )
+
+
+def test_a_second_copy_of_the_weights_stays_off_the_network() -> None:
+    """ZeRO++, section 3.2: after a step's first pass weights come from the same node, which holds them once more."""
+    without = replace(SETUP, stage=3, workers=16, nodes=2)
+    setup = replace(without, hpz=8)
+    elements = LLAMA_8B.parameters
+    whole, again, scattered = collectives(LLAMA_8B, elements, setup)
+    assert (whole.ranks, again.ranks, scattered.ranks) == (16, 8, 16)
+    assert (whole.times, again.times) == (1, 2 * setup.passes - 1)
+    assert whole.bytes == again.bytes == 2 * elements
+    more = need(stage=3, workers=16, nodes=2, hpz=8).device_bytes - need(stage=3, workers=16, nodes=2).device_bytes
+    assert more == 2 * elements // 8
+    rates = replace(Rates.of(named("H100")), network=1e9)
+    times = [step_time(LLAMA_8B, elements, each, rates) for each in (without, setup)]
+    assert times[1].sending < 0.7 * times[0].sending
+    adapter = collectives(LLAMA_8B, elements // 100, setup)
+    assert (adapter[0].bytes, adapter[1].times) == (2 * (elements // 100), 2 * setup.passes)  # frozen: never fetched
 
 
 def test_arithmetic_bounds_a_step() -> None:

@@ -43,6 +43,7 @@ class Configuration:
         micro_batch: Rows of a pass.
         checkpointing: Whether activations are computed again.
         tokens: Of a row.
+        sharing: Ranks that share rows.
     """
 
     model: str
@@ -51,12 +52,14 @@ class Configuration:
     micro_batch: int
     checkpointing: bool
     tokens: int = 256
+    sharing: int = 1
 
     @property
     def name(self) -> str:
         """Of its run."""
         again = "-again" if self.checkpointing else ""
-        return f"{self.model}-zero{self.stage}-w{self.workers}-b{self.micro_batch}-t{self.tokens}{again}"
+        shared = f"-s{self.sharing}" if self.sharing > 1 else ""
+        return f"{self.model}-zero{self.stage}-w{self.workers}-b{self.micro_batch}-t{self.tokens}{again}{shared}"
 
 
 REAL = "SmolLM2-135M"
@@ -78,6 +81,9 @@ CONFIGURATIONS = (
     Configuration("small", 0, 1, 4, False),
     Configuration("small", 2, 2, 4, False),
     Configuration("small", 3, 2, 4, True),
+    Configuration(REAL, 2, 3, 1, False, 1536),
+    Configuration(REAL, 2, 3, 1, False, 1536, sharing=3),
+    Configuration("small", 2, 2, 2, False, 512, sharing=2),
 )
 
 
@@ -99,6 +105,7 @@ def settings(one: Configuration, model: Path | None, steps: int) -> list[str]:
         f"zero.stage={one.stage}",
         f"cluster.workers={one.workers}",
         f"train.micro_batch_size={one.micro_batch}",
+        f"train.sequence_parallel_size={one.sharing}",
         f"train.activation_checkpointing={str(one.checkpointing).lower()}",
         f"train.steps={steps}",
         "train.batch_size=4",

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 SHAPE = {"layers": 10, "hidden": 576, "heads": 9, "kv_heads": 3, "intermediate": 1536, "vocabulary": 49152}
 TOKENS = 64
 #: Parts of the planner's that are there just before an update.
-HELD = ("weights", "fp32 weights", "moments", "gradients", "bucket")
+HELD = ("weights", "second copy of weights", "fp32 weights", "moments", "gradients", "bucket")
 
 
 def resident_bytes() -> int:
@@ -40,7 +40,7 @@ def resident_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
-def rank(stage: int, dtype: str) -> None:
+def rank(stage: int, dtype: str, hpz: int) -> None:
     """One rank; rank 0 prints what each of them holds."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -66,7 +66,8 @@ def rank(stage: int, dtype: str) -> None:
         tie_word_embeddings=True,
     )
     model = LossModel(LlamaForCausalLM(config).to(DTYPES[dtype]))
-    engine = engines.open(model, engines.Settings(DTYPES[dtype], stage, max_grad_norm=1.0), world)
+    settings = engines.Settings(DTYPES[dtype], stage, max_grad_norm=1.0, hpz_partition_size=hpz)
+    engine = engines.open(model, settings, world)
     del model
     ids = torch.arange(TOKENS)[None] + world.rank
     labels = torch.cat([ids[:, 1:], torch.full((1, 1), IGNORED)], dim=1)
@@ -83,10 +84,10 @@ def rank(stage: int, dtype: str) -> None:
     engines.leave()
 
 
-def measured(stage: int, ranks: int, dtype: str) -> list[dict[str, int]]:
+def measured(stage: int, ranks: int, dtype: str, hpz: int) -> list[dict[str, int]]:
     """What each of so many ranks holds."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    words += ["-m", "benchmarks.zero_memory", "--rank", "--stages", str(stage), "--dtype", dtype]
+    words += ["-m", "benchmarks.zero_memory", "--rank", "--stages", str(stage), "--dtype", dtype, "--hpz", str(hpz)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -95,8 +96,8 @@ def measured(stage: int, ranks: int, dtype: str) -> list[dict[str, int]]:
     return found
 
 
-def planned(stage: int, ranks: int, dtype: str) -> tuple[int, int]:
-    """Bytes by ZeRO's formula, and by the planner's parts for the moment before an update."""
+def planned(stage: int, ranks: int, dtype: str, hpz: int) -> tuple[int, int]:
+    """Bytes by ZeRO's formula, with ZeRO++'s second copy of the weights, and by the planner's parts."""
     from distft.model.shape import llama_tensors, of_config
     from distft.plan.memory import memory
     from distft.plan.setup import Setup
@@ -123,23 +124,26 @@ def planned(stage: int, ranks: int, dtype: str) -> tuple[int, int]:
         row_tokens=TOKENS,
         attended_tokens=TOKENS,
         masked=False,
+        hpz=hpz,
     )
     parts = memory(shape, shape.parameters, setup).moments["update"]
     formula = zero_bytes(shape.parameters, shape.parameters, stage, ranks, dtype)
+    formula += shape.parameters * setup.bytes // hpz if hpz > 1 else 0
     return formula, sum(parts.get(name, 0) for name in HELD)
 
 
 def as_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| ZeRO | ranks | held by a rank, MB | ZeRO's formula | over it | planner's | over it |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        "| ZeRO | ranks | hpZ | held by a rank, MB | ZeRO's formula | over it | planner's | over it |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in results:
         held, formula, plan = one["held_bytes"], one["formula_bytes"], one["planned_bytes"]
+        again = one["hpz"] if one["hpz"] > 1 else ""
         lines.append(
-            f"| {one['stage']} | {one['ranks']} | {held / 1e6:,.0f} | {formula / 1e6:,.0f} | {held / formula:.2f} "
-            f"| {plan / 1e6:,.0f} | {held / plan:.2f} |"
+            f"| {one['stage']} | {one['ranks']} | {again} | {held / 1e6:,.0f} | {formula / 1e6:,.0f} "
+            f"| {held / formula:.2f} | {plan / 1e6:,.0f} | {held / plan:.2f} |"
         )
     return "\n".join(lines)
 
@@ -149,22 +153,23 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zero_memory", description=__doc__.split("\n\n")[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--hpz", type=int, default=1, help="ranks that hold stage 3's weights once more between them")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "baselines" / "zero-memory.json")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.rank:
-        rank(arguments.stages[0], arguments.dtype)
+        rank(arguments.stages[0], arguments.dtype, arguments.hpz)
         return
     known = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else []
-    results = {(one["stage"], one["ranks"], one["dtype"]): one for one in known}
+    results = {(one["stage"], one["ranks"], one["dtype"], one["hpz"]): one for one in known}
     for stage, ranks in itertools.product(arguments.stages, arguments.ranks):
-        each = measured(stage, ranks, arguments.dtype)
-        formula, plan = planned(stage, ranks, arguments.dtype)
+        each = measured(stage, ranks, arguments.dtype, arguments.hpz)
+        formula, plan = planned(stage, ranks, arguments.dtype, arguments.hpz)
         most = {name: max(one[name] for one in each) for name in each[0]}
-        found = {"stage": stage, "ranks": ranks, "dtype": arguments.dtype, **most}
+        found = {"stage": stage, "ranks": ranks, "dtype": arguments.dtype, "hpz": arguments.hpz, **most}
         found |= {"formula_bytes": formula, "planned_bytes": plan, "each": each}
-        results[stage, ranks, arguments.dtype] = found
+        results[stage, ranks, arguments.dtype, arguments.hpz] = found
         in_order = [results[key] for key in sorted(results)]
         document = {"provenance": provenance(), "shape": SHAPE, "results": in_order}
         arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

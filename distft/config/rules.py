@@ -196,14 +196,10 @@ def _train(job: Job) -> Iterator[Finding]:
 
 
 def _shared_rows(job: Job) -> Iterator[Finding]:
-    """Where workers may come and go, fewer of them share a row."""
-    size, workers, adapter = job.train.sequence_parallel_size, job.cluster.workers, job.model.adapter
-    path: Path = ("train", "sequence_parallel_size")
+    size, adapter, path = job.train.sequence_parallel_size, job.model.adapter, ("train", "sequence_parallel_size")
     if size == 1:
         return
-    if isinstance(workers, int) and workers % size:
-        message = f"{workers} workers cannot be divided into groups of {size}"
-        yield Finding(path, message, "choose a divisor of cluster.workers", ("cluster.workers",))
+    yield from _in_groups(job, path, size)
     if adapter is not None and adapter.dropout > 0:
         message = "dropout would draw other numbers where rows are shared"
         yield Finding(path, message, "set model.adapter.dropout: 0", ("model.adapter.dropout",))
@@ -237,16 +233,27 @@ def _zero(job: Job) -> Iterator[Finding]:
 
 
 def _hpz(job: Job) -> Iterator[Finding]:
-    """Where workers may come and go, a number of them that it does not divide does without."""
-    size, workers, path = job.zero.hpz_partition_size, job.cluster.workers, ("zero", "hpz_partition_size")
+    size, path = job.zero.hpz_partition_size, ("zero", "hpz_partition_size")
     if size == 1:
         return
     if job.zero.stage not in {3, "auto"}:
         message = f"at stage {job.zero.stage} every worker has all weights already"
         yield Finding(path, message, "use stage 3, or remove it", ("zero.stage",))
-    if isinstance(size, int) and isinstance(workers, int) and workers % size:
-        message = f"{workers} workers cannot be divided into groups of {size}"
-        yield Finding(path, message, "use the number of workers on a node, or auto", ("cluster.workers",))
+    if isinstance(size, int):
+        yield from _in_groups(job, path, size)
+
+
+def _in_groups(job: Job, path: Path, size: int) -> Iterator[Finding]:
+    """Whether workers form whole groups; where they may come and go, those that cannot form smaller ones, or none."""
+    counts: dict[str, int | Bounds] = {"cluster.workers": job.cluster.workers}
+    if job.search is not None:
+        counts["search.workers_per_trial"] = job.search.workers_per_trial
+        if job.search.promote is not None:
+            counts["search.promote.workers"] = job.search.promote.workers
+    for key, workers in counts.items():
+        if isinstance(workers, int) and workers % size:
+            message = f"{workers} worker{'' if workers == 1 else 's'} cannot be divided into groups of {size}"
+            yield Finding(path, message, f"choose a divisor of {key}", (key,))
 
 
 def _cluster(job: Job) -> Iterator[Finding]:

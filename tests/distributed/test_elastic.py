@@ -36,14 +36,16 @@ class Shape:
     stage: int
     kind: str = "zero"
     hpz: int = 1
+    sharing: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.ranks}-{self.stage}-{self.hpz}"
+        return "-".join(map(str, vars(self).values()))
 
 
 PLAIN = Shape(1, 0, "plain")
 NODES = Shape(4, 3, hpz=2)
+SHARING = Shape(4, 2, sharing=2)
 SHAPES = [PLAIN, *(Shape(ranks, stage) for ranks in (1, 2, 3) for stage in range(4))]
 
 
@@ -86,13 +88,18 @@ def open_engine(home: Path, variant: str, shape: Shape) -> Any:
     job = tiny.job(home, model={"source": folder, "dtype": dtype, "adapter": adapter})
     model = LossModel(training_model(job, home / folder, DTYPES[dtype], [], 1))
     settings = engines.Settings(
-        DTYPES[dtype], shape.stage, weight_decay=0.1, max_grad_norm=1.0, hpz_partition_size=shape.hpz
+        DTYPES[dtype],
+        shape.stage,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        hpz_partition_size=shape.hpz,
+        sequence_parallel_size=shape.sharing,
     )
     world = World() if shape.kind == "plain" else World.from_environment()
     return engines.open(model, settings, world, shape.kind)  # type: ignore[arg-type]
 
 
-def train(engine: Any, steps: Iterable[int]) -> list[list[float]]:
+def train(engine: Any, sharing: int, steps: Iterable[int]) -> list[list[float]]:
     """Loss and gradient norm of each step; two rows a micro-batch, micro-batches dealt out in turn."""
     import numpy as np
     import torch
@@ -108,8 +115,9 @@ def train(engine: Any, steps: Iterable[int]) -> list[list[float]]:
         labels[0, : step + 3] = IGNORED
         tokens = int((labels != IGNORED).sum())
         positions = torch.arange(16).expand(ROWS, 16)
-        mine = range(engine.world.rank, ROWS // 2, engine.world.size)
-        turns = math.ceil(ROWS // 2 / engine.world.size)
+        groups = engine.world.size // sharing
+        mine = range(engine.world.rank // sharing, ROWS // 2, groups)
+        turns = math.ceil(ROWS // 2 / groups)
         total = 0.0
         for turn in range(turns):
             batch, number = Batch.empty(1), -1
@@ -132,18 +140,19 @@ def work(folder: str, moves: list[list[Any]]) -> dict[str, Any]:
     for variant, source, target in moves:
         move = Move(variant, Shape(*source) if source else None, Shape(*target))
         engine, read = open_engine(home, variant, move.target), None
+        sharing = move.target.sharing
         if move.source is None:
             states = home / "states" / f"{variant}-{move.target.name}"
             states.mkdir(parents=True, exist_ok=True)
-            curve = train(engine, range(TAKEN))
+            curve = train(engine, sharing, range(TAKEN))
             snapshot = engine.snapshot().hold()
-            curve += train(engine, range(TAKEN, STEPS))  # beside which the snapshot must not change
+            curve += train(engine, sharing, range(TAKEN, STEPS))  # beside which the snapshot must not change
             (states / f"{engine.world.rank}.safetensors").write_bytes(b"".join(content(snapshot)))
             assert snapshot.updates == TAKEN
         else:
             state = Counted(Shards(sorted((home / "states" / f"{variant}-{move.source.name}").iterdir())))
             engine.restore(state)
-            curve = train(engine, range(TAKEN, STEPS))
+            curve = train(engine, sharing, range(TAKEN, STEPS))
             read = [state.elements, state.largest]
         results[move.name] = {"curve": curve, "read": read}
         engine.close()
@@ -182,7 +191,7 @@ def check(home: Path, moves: list[Move]) -> dict[str, list[dict[str, Any]]]:
 
 
 #: Every stage written by some and read by another, both ways between one, two and three ranks, each variant; and four
-#: ranks of which two by two hold the weights once more.
+#: ranks of which two by two hold the weights once more, or share rows.
 MOVES = [
     *(Move("full", Shape(2, stage), Shape(2, stage)) for stage in range(4)),
     Move("full", Shape(2, 3), Shape(1, 0)),
@@ -199,6 +208,9 @@ MOVES = [
     *(Move(variant, NODES, NODES) for variant in ("full", "lora", "bf16")),
     Move("full", Shape(2, 2), NODES),
     Move("full", NODES, Shape(3, 1)),
+    Move("full", SHARING, SHARING),
+    Move("full", SHARING, Shape(1, 0)),
+    Move("full", Shape(3, 2), SHARING),
 ]
 
 

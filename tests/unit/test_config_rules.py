@@ -69,7 +69,7 @@ CLASHES = [
     (
         ["cluster.workers=6", "zero.hpz_partition_size=4"],
         "zero.hpz_partition_size",
-        "divided into groups of 4; use the",
+        "divided into groups of 4; choose a",
     ),
     (
         ["cluster.workers=4", "train.sequence_parallel_size=3"],

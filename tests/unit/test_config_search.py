@@ -23,6 +23,11 @@ EPOCHS = "train.epochs: {choice: [1, 2]}"
         [f"search={{space: {{{RATES}}}, scheduler: {{kind: pbt, grace: 0.25}}}}", "checkpoint.storage=/shared/runs"],
         [f"search={{space: {{{RATES}}}, scheduler: {{kind: none}}, promote: {{top: 2, workers: 8}}}}"],
         [f"search={{space: {{{RATES}}}, workers_per_trial: 2, promote: {{workers: 3}}}}"],
+        [
+            f"search={{space: {{{RATES}}}, workers_per_trial: 2, promote: {{workers: 4}}}}",
+            "train.sequence_parallel_size=2",
+            "cluster.workers=2",
+        ],
         ["search={space: {train.epochs: {grid: [1, 2]}, train.batch_size: {choice: [16, 32]}}, algorithm: grid}"],
         ["search.space={train.epochs: {int_uniform: [1, 3]}, train.batch_size: {int_uniform: [8, 64]}}"],
         ["search.space={train.epochs: {uniform: [0.5, 2]}, train.batch_size: {choice: [16]}}"],
@@ -133,6 +138,8 @@ OTHERS = [
     ([f"search={{space: {{{EPOCHS}}}, workers_per_trial: 2, promote: {{workers: 2}}}}"], "search.promote.workers",
      "2 are no more than the workers that trials have, 2"),
     ([f"search={{space: {{{EPOCHS}}}, scheduler: {{reduction: 1}}}}"], "search.scheduler.reduction", "above 1, not 1"),
+    ([f"search={{space: {{{EPOCHS}}}}}", "train.sequence_parallel_size=2", "cluster.workers=2"],
+     "train.sequence_parallel_size", "1 worker cannot be divided into groups of 2; choose a divisor of sea"),
 ]  # fmt: skip
 
 

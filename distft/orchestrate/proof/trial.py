@@ -20,6 +20,8 @@ STEPS, BATCH_SIZE = 20, 7
 SIZES: tuple[tuple[int | None, int | None], ...] = ((300, 64), (3000, 512), (None, None))
 #: Where a run is killed, and from which checkpoint it goes on.
 KILLED_AFTER, CHECKPOINT_EVERY = 13, 5
+#: Workers that share rows, on an even number of them, if any do in the job: the small model has few heads.
+SHARING = 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Trial:
         """The job of a case."""
         values = self.job.dump()
         values["checkpoint"]["every"] = {"steps": checkpoint_every}
-        values["zero"]["stage"] = case.stage
+        values["zero"] |= {"stage": case.stage, "hpz_partition_size": 1}  # no workers of several nodes here
+        shares = self.job.train.sequence_parallel_size > 1 and case.workers % SHARING == 0
+        values["train"]["sequence_parallel_size"] = SHARING if shares else 1
         values["train"]["micro_batch_size"] = case.micro_batch_size
         values["cluster"]["workers"] = case.workers
         values["data"]["packing"] = case.packing

@@ -54,6 +54,7 @@ class SharedRows:
             group = dist.new_group(list(range(first, first + size)))
             if first <= world.rank < first + size:
                 self._group = group
+        self._exchange = functools.cache(self._made)
         AttentionInterface.register(NAME, self._attend)
 
     def part(self, batch: Batch) -> Batch:
@@ -79,8 +80,8 @@ class SharedRows:
         found: tuple[Tensor, None] = exchange(module, query, key, value, attention_mask, **rest)
         return found
 
-    @functools.cache  # noqa: B019 - one for each shape of batch, for as long as the engine
-    def _exchange(self, rows: int, heads: int, kv_heads: int, size: int) -> UlyssesSPAttentionHF:
+    def _made(self, rows: int, heads: int, kv_heads: int, size: int) -> UlyssesSPAttentionHF:
+        """DeepSpeed's exchange for a shape of batch."""
         return UlyssesSPAttentionHF(
             attn=ALL_ATTENTION_FUNCTIONS[BY_SEGMENTS],
             batch_size=rows,

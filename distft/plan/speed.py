@@ -36,6 +36,10 @@ CPU_LINK, CPU_NETWORK, CPU_MEMORY = 1e9, 1.25e9, 10e9
 #: kinds, which differed by up to 30 %). On a GPU memory is so fast that the passes hide it.
 HANDLED = (55, 50, 45, 150)
 
+#: Bytes that a CPU moves for each byte that ranks which share rows exchange: heads and tokens change places before and
+#: after (``benchmarks/shared_rows.py``).
+TURNED = 17
+
 
 @dataclass(frozen=True)
 class Links:
@@ -215,7 +219,7 @@ class StepTime:
 
     Attributes:
         compute: Forward and backward passes.
-        handling: What becomes of gradients after each pass, see ``HANDLED``.
+        handling: What becomes of gradients after each pass, see ``HANDLED``, and of shared rows, see ``TURNED``.
         update: The optimizer.
         sending: All exchanges.
         waiting: The part of them that computing does not hide; what ranks that share rows exchange is never hidden.
@@ -255,6 +259,8 @@ def step_time(shape: Shape, trained: int, setup: Setup, rates: Rates, gradient_b
     hidden = 0.0 if setup.device_type == "cpu" or setup.stage == 0 else compute * (1 if setup.stage == 3 else 2 / 3)
     heads = head_exchange(shape, setup)
     between = _seconds(heads, setup, rates)
+    if setup.device_type == "cpu" and setup.sharing > 1:
+        handled += TURNED * heads.bytes * heads.times
     return StepTime(
         compute,
         handled / rates.memory_bandwidth,

@@ -232,7 +232,9 @@ def _advice(job: Job, subject: Subject, least: Setup, room: Room) -> str:
         together, names = replace(together, **changes), [*names, said]
         if not found and fits(together):
             found.append(", ".join(names) + " (together)")
-    found += _more_workers(subject, replace(together, offload=least.offload), room)
+    # All but what that advice does not name.
+    wider = replace(together, offload=least.offload, hpz=least.hpz, sharing=least.sharing)
+    found += _more_workers(subject, wider, room)
     if job.model.adapter is None:
         adapted = subject.shape.trained(AdapterSection(kind="lora"))
         saving = [said for said, changes in mild if changes.keys() <= {"micro_batch_size", "checkpointing"}]

@@ -46,7 +46,7 @@ class Shape:
 PLAIN = Shape(1, 0, "plain")
 NODES = Shape(4, 3, hpz=2)
 SHARING = Shape(4, 2, sharing=2)
-SHAPES = [PLAIN, *(Shape(ranks, stage) for ranks in (1, 2, 3) for stage in range(4))]
+SHAPES = [PLAIN, *(Shape(ranks, stage) for ranks in (1, 2, 3) for stage in range(4)), NODES, SHARING]
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,7 @@ def test_a_state_goes_on_at_another_number_of_ranks_and_another_stage(home: Path
 @pytest.mark.timeout(3000)
 def test_any_shape_to_any_shape(home: Path, variant: str) -> None:
     """Each to each for the plain model; for the others each shape is read by itself and by another one."""
-    number = len(SHAPES)
+    shapes = [shape for shape in SHAPES if variant != "dropout" or shape.sharing == 1]
+    number = len(shapes)
     steps = range(number) if variant == "full" else (0, 5)
-    check(home, [Move(variant, SHAPES[one], SHAPES[(one + step) % number]) for one in range(number) for step in steps])
+    check(home, [Move(variant, shapes[one], shapes[(one + step) % number]) for one in range(number) for step in steps])

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from distft.config import Job
 from distft.errors import JobError
 from distft.plan.batch import BatchPlan
-from distft.plan.choices import choose, choose_activation_checkpointing, choose_compile, choose_dtype, choose_stage
+from distft.plan.choices import (
+    Choice,
+    choose,
+    choose_activation_checkpointing,
+    choose_compile,
+    choose_dtype,
+    choose_sequence_parallel,
+    choose_stage,
+)
 from distft.plan.devices import named
 from distft.plan.hardware import Hardware, peak_flops, share_of_peak
 from tests.unit.test_plan_memory import LLAMA_8B, SMOLLM2
@@ -203,6 +211,43 @@ def test_a_second_copy_of_the_weights_makes_way_for_what_needs_the_memory(tmp_pa
     told = choose(small, 8, H100, shape=SMOLLM2, workers_per_node=4).record()
     assert told["zero.stage"]["value"] == 1
     assert told["zero.hpz_partition_size"] == {"value": 1, "reason": "at stage 1 every worker has all weights"}
+
+
+@given(batch=st.integers(1, 40), groups=st.integers(1, 5), sharing=st.integers(1, 4), micro=st.integers(1, 6))
+def test_workers_that_share_rows_are_given_the_same(batch: int, groups: int, sharing: int, micro: int) -> None:
+    plan = BatchPlan(batch, groups * sharing, micro, "asked for", sharing)
+    alone = BatchPlan(batch, groups, micro, "asked for")
+    indices = np.arange(batch)
+    for rank in range(groups * sharing):
+        given = plan.micro_batches(indices, rank)
+        expected = alone.micro_batches(indices, rank // sharing)
+        assert [one.tolist() for one in given] == [one.tolist() for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("asked", "workers", "size", "reason"),
+    [
+        (1, 2, 1, "set in the job"),
+        (3, 3, 3, "set in the job"),
+        (3, 6, 3, "set in the job"),
+        (3, 4, 1, "4 workers cannot be divided into groups of 3"),
+        (9, 6, 3, "6 workers cannot be divided into groups of 9"),
+    ],
+)
+def test_rows_are_shared_as_far_as_the_workers_allow(asked: int, workers: int, size: int, reason: str) -> None:
+    assert choose_sequence_parallel(asked, workers, SMOLLM2) == Choice(size, reason)
+
+
+def test_heads_that_cannot_be_divided_are_told_with_what_can() -> None:
+    with pytest.raises(JobError, match=r"9 attention heads, 3 of keys, cannot be divided between 2 workers") as refused:
+        choose_sequence_parallel(2, 2, SMOLLM2)
+    assert refused.value.fix == "choose 3, 9 or remove it"
+
+
+def test_layers_of_shared_rows_are_not_compiled(tmp_path: Path) -> None:
+    one = job(tmp_path, "train.sequence_parallel_size=2", "cluster.workers=2")
+    made = choose_compile(one, FAST_CPU, 2, 3600.0, compiler=True)
+    assert (made.value, made.reason[:28]) == (False, "the exchange between workers")
 
 
 def test_threads_are_told_with_what_they_leave_idle(tmp_path: Path) -> None:

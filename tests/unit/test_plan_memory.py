@@ -23,7 +23,7 @@ from distft.plan.fit import Room, Subject, setup_of
 from distft.plan.hardware import Hardware
 from distft.plan.memory import Memory, memory
 from distft.plan.setup import Setup
-from distft.plan.speed import Collective, Rates, collectives, step_time
+from distft.plan.speed import Collective, Rates, collectives, head_exchange, step_time
 
 
 def llama(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> Shape:
@@ -180,6 +180,25 @@ def test_a_second_copy_of_the_weights_stays_off_the_network() -> None:
     assert (adapter[0].bytes, adapter[1].times) == (2 * (elements // 100), 2 * setup.passes)  # frozen: never fetched
 
 
+def test_ranks_that_share_rows_hold_a_share_of_the_activations_and_exchange_heads() -> None:
+    alone, shared = (need(stage=3, sharing=size).moments["forward pass"] for size in (1, 4))
+    assert shared["activations"] == alone["activations"] / 4
+    assert shared["weights"] == alone["weights"]
+    setup = replace(SETUP, sharing=4)
+    assert setup.passes == 4 * SETUP.passes
+    assert setup.rank_tokens == SETUP.rank_tokens
+    exchange = head_exchange(LLAMA_8B, setup)
+    tokens, numbers = setup.micro_batch_size * 4096 // 4, 2 * (32 + 8) * 128  # queries, keys, values and what is found
+    assert exchange.bytes == LLAMA_8B.layers * tokens * numbers * 2
+    assert exchange.times == 2 * setup.passes
+    assert head_exchange(LLAMA_8B, replace(setup, sharing=16)).bytes == LLAMA_8B.layers * tokens // 4 * 96 * 128 * 2
+    rates = Rates.of(named("H100"))
+    alone_, shared_ = (step_time(LLAMA_8B, LLAMA_8B.parameters, each, rates) for each in (SETUP, setup))
+    assert shared_.compute == pytest.approx(alone_.compute)
+    assert shared_.sent_bytes == pytest.approx(alone_.sent_bytes + 0.75 * exchange.bytes * exchange.times)
+    assert shared_.waiting >= exchange.seconds(rates.latency[0], rates.link)
+
+
 def test_arithmetic_bounds_a_step() -> None:
     rates = Rates.of(named("H100"))
     one = step_time(LLAMA_8B, LLAMA_8B.parameters, SETUP, rates)
@@ -271,6 +290,21 @@ def test_what_the_job_says_is_not_changed_but_refused(tmp_path: Path) -> None:
     assert refused.value.exit_status == 4
     assert "24.0 GB" in refused.value.what
     assert "model.adapter" in str(refused.value.fix)
+
+
+def test_rows_too_long_for_a_device_may_be_shared(tmp_path: Path) -> None:
+    train = {"micro_batch_size": 1, "activation_checkpointing": True}
+    data, model = {"source": "rows.txt", "max_tokens": 65536}, {"source": "model", "adapter": {"kind": "lora"}}
+
+    def chosen(**more: object) -> int:
+        one = job(tmp_path, model=model, data=data, zero={"stage": 3}, cluster={"workers": 8}, train={**train, **more})
+        made = choose(one, 8, Hardware.of(named("A10G")), shape=LLAMA_8B, workers_per_node=8)
+        return made.sequence_parallel.value
+
+    with pytest.raises(CapacityError) as refused:
+        chosen()
+    assert "what would fit: train.sequence_parallel_size: 8; or data.max_tokens: 32768" in str(refused.value)
+    assert chosen(sequence_parallel_size=8) == 8
 
 
 def test_offloading_is_decided_by_memory_where_the_job_leaves_it_open(tmp_path: Path) -> None:

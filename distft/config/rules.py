@@ -200,6 +200,10 @@ def _shared_rows(job: Job) -> Iterator[Finding]:
     if size == 1:
         return
     yield from _in_groups(job, path, size)
+    bounds = job.cluster.workers
+    if isinstance(bounds, Bounds) and (bounds.min % size or bounds.max % size):
+        message = f"{bounds.min} to {bounds.max} workers: both ends must be groups of {size}"
+        yield Finding(path, message, f"choose multiples of {size}; all between them are", ("cluster.workers",))
     if adapter is not None and adapter.dropout > 0:
         message = "dropout would draw other numbers where rows are shared"
         yield Finding(path, message, "set model.adapter.dropout: 0", ("model.adapter.dropout",))
@@ -244,7 +248,7 @@ def _hpz(job: Job) -> Iterator[Finding]:
 
 
 def _in_groups(job: Job, path: Path, size: int) -> Iterator[Finding]:
-    """Whether workers form whole groups; where they may come and go, those that cannot form smaller ones, or none."""
+    """Whether a number of workers that stays forms whole groups."""
     counts: dict[str, int | Bounds] = {"cluster.workers": job.cluster.workers}
     if job.search is not None:
         counts["search.workers_per_trial"] = job.search.workers_per_trial

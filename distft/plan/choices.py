@@ -250,7 +250,7 @@ def choose_hpz(asked: int | Literal["auto"], world_size: int, workers_per_node: 
 
 
 def choose_sequence_parallel(asked: int, world_size: int, shape: Shape | None) -> Choice[int]:
-    """Workers that share rows; fewer than the job asks for where their number, which may change, cannot be divided so.
+    """Workers that share rows; fewer than the job asks for on a number of workers that cannot be divided so.
 
     Raises:
         JobError: The model's heads cannot be divided so.

@@ -251,8 +251,8 @@ def _advice(job: Job, subject: Subject, least: Setup, room: Room) -> str:
 def _most_sharing(job: Job, subject: Subject, least: Setup) -> int:
     """The most workers that could share rows; 0 where none could."""
     adapter, shape = job.model.adapter, subject.shape
-    if adapter is not None and adapter.dropout > 0:
-        return 0
+    if (adapter is not None and adapter.dropout > 0) or job.train.compile is True:
+        return 0  # refused together
     sizes = range(2, least.workers + 1)
     return max((size for size in sizes if least.workers % size == 0 and shape.heads_divide(size)), default=0)
 

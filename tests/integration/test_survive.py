@@ -174,8 +174,8 @@ class Survivor(Trail):
         self.wait(lambda: name in [one["event"] for one in self.events()], name, seconds)
 
     def grow(self, cluster: Cluster, nodes: int) -> None:
-        """Adds nodes; the only rank stands still until they are seen, since the tiny model would be done before."""
-        (place,) = self.places()
+        """Adds nodes; a rank stands still until they are seen, since the tiny model would be done before."""
+        place, *_ = self.places()
         os.kill(place.pid, signal.SIGSTOP)
         cluster.resize(nodes)
         self.wait(self.run.stop_request.exists, "the request to grow")
@@ -307,6 +307,19 @@ def test_one_worker_becomes_three(tiny_home: Home, cluster: Cluster, draw: rando
     survivor.end()
     sizes = {line["world_size"] for line in training_curve(survivor.run.metrics)}
     assert {1, 3} <= sizes
+    check_curve(tiny_home, survivor, stage, exact=False)
+
+
+@pytest.mark.slow
+def test_workers_that_share_rows_come_in_groups(tiny_home: Home, cluster: Cluster, draw: random.Random) -> None:
+    stage = stage_of(draw)
+    cluster.resize(3)
+    elastic = "cluster.workers={min: 2, max: 4}", "train.sequence_parallel_size=2"
+    survivor = Survivor(tiny_home, "groups", f"zero.stage={stage}", *elastic)
+    survivor.wait_for_step(draw.randrange(1, 40))
+    survivor.grow(cluster, 4)
+    survivor.end()
+    assert {line["world_size"] for line in training_curve(survivor.run.metrics)} == {2, 4}
     check_curve(tiny_home, survivor, stage, exact=False)
 
 

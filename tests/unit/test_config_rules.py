@@ -82,6 +82,11 @@ CLASHES = [
         "dropout would draw other numbers where rows are shared; set model.adapter.dropout: 0",
     ),
     (
+        ["cluster.workers={min: 2, max: 5}", "train.sequence_parallel_size=2"],
+        "train.sequence_parallel_size",
+        "2 to 5 workers: both ends must be groups of 2; choose multiples of 2",
+    ),
+    (
         ["cluster.workers=2", "train={sequence_parallel_size: 2, compile: true}"],
         "train.sequence_parallel_size",
         "cannot be compiled with a layer",

@@ -112,7 +112,7 @@ class Training:
 
         self._job, self._run, self._data, self._need = job, run, data, need
         self._listener, self._asked, self._rungs, self._until = listener, asked, rungs, until
-        self._bounds = workers_of(job)
+        self._bounds, self._together = workers_of(job), job.train.sequence_parallel_size
         self._requests = Requests(run)
         self._meters = Meters(run, listener.note)
         self._offset = run.metrics.stat().st_size if run.metrics.exists() else 0
@@ -187,7 +187,7 @@ class Training:
         )
         selectors = cluster.selectors(workers, self._need, nodes)
         environment = self._standby.take(workers, nodes) if self._standby else None
-        watch = Watch(self._run, began, self._need, workers, self._bounds.max, self._requests)
+        watch = Watch(self._run, began, self._need, workers, self._bounds.max, self._together, self._requests)
         clock = StallClock(self._run, set_seconds)
         self._step, self._begun, stalled = None, None, None
         # Ray Train takes Ctrl-C for itself where it has the main thread.
@@ -276,9 +276,9 @@ class Training:
         began, told = time.monotonic(), False
         while True:
             live = cluster.live_nodes()
-            free = min(cluster.room_here(self._need), self._bounds.max)
+            free = self._usable(cluster.room_here(self._need))
             waited = time.monotonic() - began
-            could = min(cluster.room(self._need, live), self._bounds.max)
+            could = self._usable(cluster.room(self._need, live))
             if free >= self._bounds.min and (free >= could or waited > SETTLE_SECONDS):
                 return free
             if self._asked:
@@ -295,6 +295,11 @@ class Training:
                 holds = cluster.listed(self._need, live) or "no node"
                 self._listener.note(f"  waiting for room for {asked}; there is room for {free} of them ({holds})")
             time.sleep(LOOK_SECONDS)
+
+    def _usable(self, room: int) -> int:
+        """How many workers the job takes of those that there is room for: whole groups, where they share rows."""
+        most = min(room, self._bounds.max)
+        return most - most % self._together
 
     def _hear(self, clock: StallClock) -> None:
         """Passes on the new lines of the metrics."""

@@ -55,16 +55,25 @@ class Watch:
         need: What a worker needs.
         workers: How many it has.
         wanted: How many workers the job would like to have.
+        together: How many more it can use at least: those that share rows come as a group.
         requests: Where what is found is asked.
     """
 
     def __init__(
-        self, run: Run, attempt: float, need: Mapping[str, float], workers: int, wanted: int, requests: Requests
+        self,
+        run: Run,
+        attempt: float,
+        need: Mapping[str, float],
+        workers: int,
+        wanted: int,
+        together: int,
+        requests: Requests,
     ) -> None:
         self._run = run
         self._attempt = attempt
         self._workers = workers
         self._wanted = wanted
+        self._together = together
         self._requests = requests
         self._room_seen = False
         self._going = Question(cluster.draining, DRAIN_SECONDS)
@@ -80,7 +89,7 @@ class Watch:
         slots = self._room.answer() if self._workers < self._wanted else None
         if slots is not None:
             # Before all ranks run, the room that they are about to take is free.
-            room = slots > 0 and len(self._places()) == self._workers
+            room = slots >= self._together and len(self._places()) == self._workers
             if room and self._room_seen:
                 self._requests.ask(StopRequest("resize"))
             self._room_seen = room

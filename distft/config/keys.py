@@ -106,7 +106,7 @@ WITHOUT = {
     ),
     **dict.fromkeys(
         ("context_parallel_size", "context_parallel"),
-        "not here: ring attention; train.sequence_parallel_size has workers share rows, as far as there are heads",
+        "not built yet: ring attention; train.sequence_parallel_size has workers share rows, as far as there are heads",
     ),
 }
 """Names from elsewhere that have no key here, and why."""

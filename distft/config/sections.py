@@ -253,7 +253,7 @@ class ZeroSection(Section):
     hpz_partition_size: Count | Literal["auto"] = 1
     """Stage 3: workers, one after the other, that hold the weights once more between them (ZeRO++'s hpZ), so that only
     the first pass of a step fetches them over the network between nodes; 1: none; auto: the workers of a node, where
-    there are several nodes, steps are shorter with it, and it fits."""
+    there are several nodes, a step fetches weights more than once, and it fits."""
 
 
 class ClusterSection(Section):

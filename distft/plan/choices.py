@@ -137,9 +137,8 @@ def choose(
             nodes=-(-world_size // workers_per_node),
             hpz=first.hpz.value,
         )
-        if job.zero.hpz_partition_size == "auto" and first.hpz.value > 1 and gathers(subject.shape, setup) == 1:
-            first = replace(first, hpz=Choice(1, "a step gathers the weights once"))
-            setup = replace(setup, hpz=1)
+        first = replace(first, hpz=_of_use(first.hpz, job, subject, setup))
+        setup = replace(setup, hpz=first.hpz.value)
         if job.zero.stage == "auto" and micro_batch_limit is None:  # where memory ran out, nothing takes more of it
             first = replace(first, stage=_quicker(first.stage, job, subject, setup, hardware))
         if (room := Room.of(hardware, workers_per_node)) is not None:
@@ -149,6 +148,13 @@ def choose(
             seconds = flops / (world_size * _flops(job, hardware, first.dtype.value))
     compiled = choose_compile(job, hardware, first.stage.value, seconds, compiler=compiler)
     return replace(first, compile=compiled, threads=threads_of(job, hardware, min(workers_per_node, world_size)))
+
+
+def _of_use(hpz: Choice[int], job: Job, subject: Subject, setup: Setup) -> Choice[int]:
+    """A second copy of the weights, unless it was left open and nothing would be fetched from it."""
+    if job.zero.hpz_partition_size == "auto" and hpz.value > 1 and gathers(subject.shape, setup) == 1:
+        return Choice(1, "a step gathers the weights once")
+    return hpz
 
 
 def _quicker(stage: Choice[int], job: Job, subject: Subject, setup: Setup, hardware: Hardware) -> Choice[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distft.runs import Run, read_json, training_curve
+from distft.runs import Run, decision, read_json, training_curve
 from distft.train.forecast import measure
 from tests.distributed import tiny
 from tests.integration.test_hosts import HEAD, Hosts, home_on
@@ -97,8 +97,7 @@ def test_weights_that_a_node_holds_once_more_do_not_cross_a_slow_link(hosts: Hos
         ]
         home.distft("train", "tiny.yaml", "--name", name, *sets, timeout=900)
         run = Run(files / "runs" / name)
-        decided = read_json(run.resolved)["decisions"]["zero.hpz_partition_size"]
-        assert decided["value"] == (1 if size == "1" else 2)
+        assert decision(run, "zero.hpz_partition_size") == (1 if size == "1" else 2)
         curves.append(training_curve(run.metrics))
         seconds.append(measure(curves[-1])["step_seconds"])
         planned = read_json(run.plan)["predicted"]["step_seconds"] if run.plan.exists() else None

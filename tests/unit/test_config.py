@@ -171,7 +171,7 @@ train:
         ("zero: {qgz: {bits: 4}}", "zero.qgz: unknown key; not here: ZeRO++ rounds what it sends to few bits"),
         ("train: {sequence_parallel_size: 0}", "train.sequence_parallel_size: must be at least 1, not 0; meaning"),
         ("cluster: {ulysses: 2}", "cluster.ulysses: unknown key; here that is train.sequence_parallel_size"),
-        ("train: {context_parallel_size: 2}", "unknown key; not here: ring attention; train.sequence"),
+        ("train: {context_parallel_size: 2}", "unknown key; not built yet: ring attention; train"),
         ("cluster: {workers: {min: 1, mox: 2}}", "cluster.workers.mox: unknown key; did you mean max?"),
         ("cluster: {workers: 0}", "cluster.workers: must be at least 1 or a mapping with min, max, not 0; meaning"),
         ("cluster: {resources_per_worker: {GPU: -1}}", "cluster.resources_per_worker.GPU: must be at least 0, not -1"),

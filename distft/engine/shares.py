@@ -78,6 +78,15 @@ def step_weights_in_place(optimizer: Any, settings: Settings, world: World) -> N
         optimizer._link_all_hp_params()  # they are views of the copies
 
 
+def sum_gradients_in_place(optimizer: Any) -> None:
+    """Lets ZeRO 1 and 2 add each bucket of fp32 gradients to the rank's share of their sum, as it does in bf16.
+
+    Otherwise each pass copies its gradients into a share of its own, and the update copies the sum once more. Remove
+    when DeepSpeed has the one buffer where gradients are summed in the type that they come in, too (0.19.8 has not).
+    """
+    optimizer._use_compact_grad_partition_buffer = lambda group_index: True
+
+
 def refresh(engine: Any, settings: Settings) -> None:
     """Makes the weights that passes compute with those that the optimizer holds, as after an update; collective."""
     optimizer = engine.optimizer

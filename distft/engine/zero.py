@@ -95,6 +95,8 @@ class ZeroEngine:
             self._engine.basic_optimizer.state.clear()
         if settings.stage > 0 and settings.dtype == torch.float32 and settings.offload == "none":
             shares.step_weights_in_place(self._engine.optimizer, settings, world)
+            if settings.stage < 3:
+                shares.sum_gradients_in_place(self._engine.optimizer)
 
     def forward_backward(self, batch: Batch, scale: float, *, last: bool, seed: int) -> Tensor:
         """See :class:`~distft.engine.protocol.Engine`."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distft.model.chunk import chunk_tokens
+from distft.model.tied import Gradient, Tie
 
 
 class LossHead(nn.Linear):
@@ -28,11 +29,15 @@ class LossHead(nn.Linear):
     Parameter that it was, tied or not.
     """
 
+    #: With the embedding that has the same weight, which then gives the gradient of both (:mod:`distft.model.tied`).
+    tie: Tie | None = None
+
     @classmethod
-    def of(cls, head: nn.Linear) -> LossHead:
+    def of(cls, head: nn.Linear, tie: Tie | None = None) -> LossHead:
         """The same layer, sharing its weight."""
         made = cls(head.in_features, head.out_features, bias=False, device="meta")
         made.weight = head.weight
+        made.tie = tie
         return made.train(head.training)
 
     def forward(  # type: ignore[override]
@@ -51,7 +56,9 @@ class LossHead(nn.Linear):
         if targets is None:
             return super().forward(input)
         if torch.is_grad_enabled():
-            both: tuple[Tensor, Tensor] = _SummedCrossEntropy.apply(input, self.weight, targets)  # type: ignore[no-untyped-call]
+            shared = None if self.tie is None else self.tie.take()
+            weight = self.weight if shared is None else self.weight.detach()
+            both: tuple[Tensor, Tensor] = _SummedCrossEntropy.apply(input, weight, targets, shared)  # type: ignore[no-untyped-call]
             return both
         losses = torch.cat([chunk.losses for chunk in _chunks(input, self.weight, targets)])
         return losses.sum(), losses
@@ -93,9 +100,8 @@ class _WeightGradient:
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self._hidden, self._weight = hidden, weight
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self._sum = torch.zeros_like(weight, dtype=dtype) if dtype == hidden.dtype else None
-        self._adds_each = self._sum is not None
+        self._sum: Tensor | None = None
+        self._adds_each = hidden.dtype == torch.promote_types(hidden.dtype, torch.float32)
         most = 0 if self._adds_each else max(chunk_tokens(len(weight), weight.device.type), 2 * weight.shape[1])
         self._collected = hidden.new_empty(min(most, len(hidden)), weight.shape[0])
         self._begin = self._end = 0
@@ -103,8 +109,8 @@ class _WeightGradient:
     def add(self, gradient: Tensor, rows: slice) -> None:
         """Adds a chunk's part: its gradient by the logits, (n, V), and which tokens it is of."""
         if self._adds_each:
-            assert self._sum is not None
-            self._sum.addmm_(gradient.t(), self._hidden[rows])
+            hidden = self._hidden[rows]
+            self._sum = gradient.t() @ hidden if self._sum is None else self._sum.addmm_(gradient.t(), hidden)
             return
         if rows.stop - self._begin > len(self._collected):
             self._take()
@@ -129,9 +135,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Sum of token losses of ``hidden @ weight.T``, and the token losses; see the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and, where asked for, both gradients of their sum."""
-        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shared: Gradient | None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and, where asked for, both gradients of their sum; that by a shared weight goes to ``shared``."""
+        wants_hidden, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or shared is not None
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
@@ -148,12 +156,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if d_weight is not None:
                 d_weight.add(gradient, chunk.rows)
         ctx.gradients = d_hidden, None if d_weight is None else d_weight.whole()
+        ctx.shared = shared
         ctx.mark_non_differentiable(losses)
         return total, losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Scales in place: a second gradient as large as the head would be the step's peak of memory."""
         if ctx.gradients is None:
             raise RuntimeError("this loss has been differentiated already (retain_graph is not supported)")
@@ -162,4 +171,6 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for gradient in (d_hidden, d_weight):
             if gradient is not None:
                 gradient.mul_(scale)
-        return d_hidden, d_weight, None
+        if ctx.shared is not None:
+            ctx.shared.of_head, d_weight = d_weight, None
+        return d_hidden, d_weight, None, None

@@ -19,6 +19,7 @@ from distft.model.batch import IGNORED, Batch
 from distft.model.cross_entropy import LossHead
 from distft.model.recompute import recompute_elementwise
 from distft.model.segments import attend_by_segments
+from distft.model.tied import TiedEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ class LossModel(nn.Module):
         self._class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.fused = not self.classifies and (_is_plain_head(model) if fused is None else fused)
         if self.fused:
-            model.set_output_embeddings(LossHead.of(cast(nn.Linear, model.get_output_embeddings())))
+            _fuse_head(model)
         self.by_segments = attend_by_segments(model)
         if compiled:
             _compile_layers(model)
@@ -139,6 +140,16 @@ class LossModel(nn.Module):
     def _class_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         weights = None if self._class_weights is None else self._class_weights.to(logits)
         return F.cross_entropy(logits, targets, weights, reduction="none")
+
+
+def _fuse_head(model: PreTrainedModel) -> None:
+    """Replaces the output layer, and an embedding that has the same weight, by equal ones."""
+    head, embedding = cast(nn.Linear, model.get_output_embeddings()), model.get_input_embeddings()
+    tie = None
+    if embedding.weight is head.weight and type(embedding) is nn.Embedding:
+        model.set_input_embeddings(tied := TiedEmbedding.of(embedding))
+        tie = tied.tie
+    model.set_output_embeddings(LossHead.of(head, tie))
 
 
 def _compile_layers(model: PreTrainedModel) -> None:

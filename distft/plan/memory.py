@@ -200,7 +200,7 @@ def _sending_bytes(shape: Shape, trained: int, setup: Setup) -> int:
 
     At stages 1 and 2 there are two buckets on a GPU, since the next one fills while one is sent; on a CPU there are the
     bucket and its flat copy. ZeRO-3 keeps its bucket, which is counted with the state, and sends a copy of it that is
-    ordered by rank.
+    ordered by rank. In fp32 stage 1 has the rank's share of the sum beside the gradients of all passes.
     """
     s, largest = setup.bytes, shape.outputs * shape.hidden if trained == shape.parameters else 0
     whole, bucket = min(trained, WHOLE_BUCKET), min(trained, max(BUCKET[setup.device_type], largest))
@@ -209,20 +209,24 @@ def _sending_bytes(shape: Shape, trained: int, setup: Setup) -> int:
         return (s + 4 if s == 2 else s) * whole
     if setup.stage == 1 and s == 2:
         return 2 * trained + 4 * whole
-    share = 4 * _share(trained, setup) if s == 4 else 0  # cut out of the bucket
+    share = 4 * _share(trained, setup) if s == 4 and (setup.stage == 1 or setup.offload == "cpu") else 0
     if setup.stage == 3:
         return cast + 4 * bucket
     return 2 * s * _bucket_elements(trained, setup) + cast + share
 
 
 def _update_bytes(trained: int, setup: Setup) -> int:
-    """Gradients as the optimizer takes them, where that is another copy: fp32 ones of bf16, and flat ones."""
+    """Gradients as the optimizer takes them, where that is another copy: fp32 ones of bf16, and flat ones.
+
+    Stages 1 and 2 sum them where the optimizer takes them from, in fp32 too
+    (:func:`distft.engine.shares.sum_gradients_in_place`).
+    """
     if setup.stage == 0:
         return 4 * trained if setup.bytes == 2 else 0
     if setup.offload == "cpu" and setup.device_type != "cpu":
         return 0  # it is the host that steps
     share = 4 * _share(trained, setup)
-    return share if setup.stage == 3 or (setup.bytes == 4 and setup.stage == 2) else 0
+    return share if setup.stage == 3 or (setup.bytes == 4 and setup.stage == 2 and setup.offload == "cpu") else 0
 
 
 def activation_bytes(shape: Shape, setup: Setup) -> int:

@@ -35,6 +35,32 @@ def held_once(folder: str) -> list[bool]:
     return found
 
 
+def summed_in_place(folder: str) -> list[bool]:
+    """At ZeRO 1 and 2 in fp32: whether what the last pass leaves is what the update takes, end to end."""
+    import torch
+
+    from distft import engine as engines
+    from distft.model import Batch, LossModel, load_model
+
+    world, found = World.from_environment(), []
+    for stage in (1, 2):
+        model = LossModel(load_model(Path(folder), torch.float32))
+        engine = engines.open(model, engines.Settings(stage=stage), world)
+        for last in (False, True):
+            engine.forward_backward(Batch.empty(4), 1.0, last=last, seed=0)
+        optimizer = engine._engine.optimizer  # type: ignore[attr-defined]
+        sums = [optimizer.averaged_gradients[group].flat_partition for group in range(len(optimizer.bit16_groups))]
+        taken = []
+        optimizer.optimizer.register_step_pre_hook(
+            lambda stepped, *_, taken=taken: taken.extend(group["params"][0].grad for group in stepped.param_groups)
+        )
+        engine.step(1e-3)
+        places = {one.data_ptr() for one in sums}
+        found.append({one.data_ptr() for one in taken if one is not None} == places and len(places) == len(sums))
+        engine.close()
+    return found
+
+
 def held_by_nodes(folder: str) -> list[tuple[int, int]]:
     """Elements of the second partition that a rank holds: after a pass, after the update; without and with one."""
     import torch
@@ -67,6 +93,10 @@ def test_ranks_of_a_node_hold_the_weights_once_more(home: Path) -> None:
         assert first[0] > 0
         assert first[1] == 0  # an update makes it stale
         assert without == [0, 0]
+
+
+def test_fp32_gradients_are_summed_where_the_update_takes_them_from(home: Path) -> None:
+    assert run_ranks(summed_in_place, 2, str(home / "model")) == [[True] * 2] * 2
 
 
 def test_fp32_weights_are_held_once(home: Path) -> None:

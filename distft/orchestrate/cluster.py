@@ -58,8 +58,8 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # which prints even where it i
 # For a cluster that is started here, see above.
 for _name, _value in {"timeout_ms": "3000", "period_ms": "500", "failure_threshold": "3"}.items():
     os.environ.setdefault(f"RAY_health_check_{_name}", _value)
-# There, too, workers have the priority of any other program, as under torchrun. Ray's own is 15: beside whatever else
-# computes on the machine they would get a 28th, and the kernel would take Ray's idle processes for more load than them.
+# There, too, workers have the priority of any other program, as under torchrun. With Ray's own, a niceness of 15, each
+# would get a 28th of what another program gets that computes on the same core (sched(7), weights 36 and 1024).
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 #: The label by which Ray marks nodes that may be taken away at short notice

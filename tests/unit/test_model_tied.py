@@ -112,7 +112,7 @@ def test_a_pass_makes_one_tensor_as_large_as_the_weight(dtype: torch.dtype) -> N
     model = tiny("llama-tied", dtype)
     usual, model = LossModel(copy.deepcopy(model), fused=False), LossModel(model)
     draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 97, (2, 12), generator=draw)
+    ids = torch.randint(3, model.model.config.vocab_size, (2, 12), generator=draw)
     batch = Batch(ids, torch.arange(12).repeat(2, 1), torch.roll(ids, -1, 1))
     made = []
     for each in (model, usual):

@@ -140,7 +140,8 @@ def _rates(hardware: Hardware, listed: Device | None, dtype: str, workers_per_no
     from distft.plan.hardware import peak_flops, share_of_peak
 
     if hardware.device_type == "cpu":
-        return Rates.of_cpu(share_of_peak(hardware, DTYPES[dtype], workers_per_node, threads))
+        peak = share_of_peak(hardware, DTYPES[dtype], workers_per_node, threads)
+        return Rates.of_cpu(peak, hardware.at_once(threads))
     measured = peak_flops(hardware, DTYPES[dtype]).flops
     return Rates(measured, EFFICIENCY["cuda"], 1e12, 32e9, 1e9, (5e-6, 15e-6))
 

@@ -22,7 +22,7 @@ from distft.world import cache_folder
 KEPT = 100
 
 #: Counted up when predictions of the same run change, so that what was learnt of the old ones is left.
-FORMULAS = 7
+FORMULAS = 8
 
 #: A run of a model that takes fewer bytes is not remembered: its memory is its process, its time that of starting
 #: operations, and neither tells anything of models that are worth planning for.

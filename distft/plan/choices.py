@@ -165,7 +165,8 @@ def _quicker(stage: Choice[int], job: Job, subject: Subject, setup: Setup, hardw
     if stage.value != 2 or setup.passes == 1 or setup.offload != "none":
         return stage
     if hardware.device_type == "cpu":
-        rates = Rates.of_cpu(_flops(job, hardware, setup.dtype) / EFFICIENCY["cpu"])
+        peak = _flops(job, hardware, setup.dtype) / EFFICIENCY["cpu"]
+        rates = Rates.of_cpu(peak, hardware.at_once(job.cluster.threads))
     elif (device := known(hardware.name)) is not None:
         rates = Rates.of(device, setup.dtype)
     else:

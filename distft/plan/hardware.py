@@ -6,6 +6,7 @@ Nothing imports torch before it is needed: whether a job fits can be told withou
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import shutil
@@ -76,6 +77,10 @@ class Hardware:
         core, cores = _first_core(), len(os.sched_getaffinity(0))
         wide = "avx512f" in core.get("flags", "").split()
         return cls("cpu", name, _fast_bf16(core), memory_bytes, memory_bytes, cores, wide)
+
+    def at_once(self, threads: int) -> float:
+        """Workers of so many threads that its cores compute for at the same time; any number have a GPU each."""
+        return self.cores / threads if self.device_type == "cpu" and self.cores else math.inf
 
     @classmethod
     def of(cls, device: Device) -> Hardware:
@@ -173,14 +178,15 @@ def peak_flops(hardware: Hardware, dtype: torch.dtype) -> Peak:
 def share_of_peak(hardware: Hardware, dtype: torch.dtype, workers: int, threads: int) -> float:
     """Operations a second that each of the workers on this machine's CPU has of what their threads reach together.
 
-    They compute at the same time, and more threads than cores are no faster.
+    They compute at the same time, as many as the cores have room for; what more of them take is counted in a step
+    (:class:`distft.plan.speed.Rates`).
     """
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(min(workers * threads, hardware.cores or before))
     try:
-        return peak_flops(hardware, dtype).flops / workers
+        return peak_flops(hardware, dtype).flops / min(workers, hardware.at_once(threads))
     finally:
         torch.set_num_threads(before)
 

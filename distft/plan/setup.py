@@ -63,7 +63,17 @@ class Setup:
     @property
     def passes(self) -> int:
         """Passes of a step that each rank makes: gradient accumulation."""
-        return math.ceil(math.ceil(self.batch_size / self.micro_batch_size) * self.sharing / self.workers)
+        return math.ceil(self._shares / self.workers)
+
+    @property
+    def last_workers(self) -> int:
+        """Workers that have rows in the last pass of a step, the first ones."""
+        return self._shares - (self.passes - 1) * self.workers
+
+    @property
+    def _shares(self) -> int:
+        """Micro-batches of a step, each counted for all workers that share it."""
+        return math.ceil(self.batch_size / self.micro_batch_size) * self.sharing
 
     @property
     def rank_tokens(self) -> float:

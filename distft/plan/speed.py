@@ -74,6 +74,7 @@ class Rates:
         link: Beta within a node.
         network: Beta between nodes, for one device.
         latency: Alpha within a node and between nodes.
+        at_once: Workers of a node that compute at these rates at the same time; more of them take turns on its cores.
     """
 
     peak_flops: float
@@ -82,6 +83,7 @@ class Rates:
     link: float
     network: float
     latency: tuple[float, float]
+    at_once: float = math.inf
 
     @classmethod
     def of(cls, device: Device, dtype: str = "bf16") -> Rates:
@@ -90,9 +92,9 @@ class Rates:
         return cls(peak, EFFICIENCY["cuda"], device.memory_bandwidth, device.link, device.network, LATENCY["cuda"])
 
     @classmethod
-    def of_cpu(cls, peak_flops: float) -> Rates:
-        """Of a CPU whose matrix product was measured."""
-        return cls(peak_flops, EFFICIENCY["cpu"], CPU_MEMORY, CPU_LINK, CPU_NETWORK, LATENCY["cpu"])
+    def of_cpu(cls, peak_flops: float, at_once: float = math.inf) -> Rates:
+        """Of a worker on a CPU whose matrix product was measured, where it has its cores for itself."""
+        return cls(peak_flops, EFFICIENCY["cpu"], CPU_MEMORY, CPU_LINK, CPU_NETWORK, LATENCY["cpu"], at_once)
 
     def over(self, links: Links | None) -> Rates:
         """With the network between nodes as it was measured; as they are where it was not.
@@ -244,12 +246,17 @@ def step_time(shape: Shape, trained: int, setup: Setup, rates: Rates, gradient_b
 
     Arithmetic is what the rank with most rows does. The update is bound by memory: AdamW reads four fp32 numbers of
     each of its parameters, and writes three and the weight. On a GPU gradients are sent beside the backward pass (two
-    thirds of the arithmetic), and ZeRO-3's weights beside both passes; on a CPU nothing is.
+    thirds of the arithmetic), and ZeRO-3's weights beside both passes; on a CPU nothing is. Where a node has more
+    workers than its cores compute for at once, they take turns; in the last pass only those that have rows left.
     """
     flops = flops_per_token(shape, trained, setup.attended_tokens)
     if setup.checkpointing:
         flops += recomputed_flops_per_token(shape, setup.attended_tokens)
-    compute = setup.rank_tokens * flops / (rates.peak_flops * rates.efficiency)
+    together = math.ceil(setup.workers / setup.nodes)
+    turns = max(1.0, together / rates.at_once)
+    last = max(1.0, min(together, setup.last_workers) / rates.at_once)
+    of_passes = ((setup.passes - 1) * turns + last) / setup.passes
+    compute = setup.rank_tokens * flops / (rates.peak_flops * rates.efficiency) * of_passes
     handles = setup.device_type == "cpu" and (setup.stage > 0 or setup.workers > 1)
     handled = HANDLED[setup.stage] * trained * setup.passes if handles else 0
     share = trained if setup.stage == 0 else math.ceil(trained / setup.workers)
@@ -263,8 +270,8 @@ def step_time(shape: Shape, trained: int, setup: Setup, rates: Rates, gradient_b
         handled += TURNED * heads.bytes * heads.times
     return StepTime(
         compute,
-        handled / rates.memory_bandwidth,
-        update,
+        handled / rates.memory_bandwidth * turns,
+        update * turns,
         sending + between,
         max(0.0, sending - hidden) + between,
         sum(each.sent for each in (*exchanges, heads)),

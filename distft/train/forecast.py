@@ -83,7 +83,10 @@ def forecast(
     key = calibration.key_of(hardware, choices.dtype.value)
     seen = calibration.read(calibration.calibration_path(), key)
     device = known(hardware.name) if hardware.device_type == "cuda" else None
-    rates = Rates.of_cpu(peak_flops) if device is None else Rates.of(device, choices.dtype.value)
+    if device is None:
+        rates = Rates.of_cpu(peak_flops, hardware.at_once(job.cluster.threads))
+    else:
+        rates = Rates.of(device, choices.dtype.value)
     if setup.nodes == 1 or (hardware.device_type == "cuda" and has_rdma()):
         links = None
     way = Way(setup, memory(subject.shape, subject.trained, setup, process_bytes + IMPORTED_LATER))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +220,21 @@ def test_gradients_are_handled_after_every_pass_on_a_cpu() -> None:
     alone = replace(cpu, stage=0, workers=1)
     assert step_time(LLAMA_8B, LLAMA_8B.parameters, alone, rates).handling == 0
     assert step_time(LLAMA_8B, LLAMA_8B.parameters, SETUP, Rates.of(named("H100"))).handling == 0
+
+
+def test_workers_beyond_the_cores_take_turns() -> None:
+    """Three workers on two cores: four rows are a pass of all three, and one of a worker that is not crowded."""
+    setup = replace(SETUP, device_type="cpu", stage=2, workers=3, batch_size=4, micro_batch_size=1)
+
+    def crowded(setup: Setup) -> tuple[float, float]:
+        each = [step_time(LLAMA_8B, LLAMA_8B.parameters, setup, Rates.of_cpu(1e11, cores)) for cores in (2, math.inf)]
+        return each[0].compute / each[1].compute, each[0].update / each[1].update
+
+    assert crowded(setup) == pytest.approx((1.25, 1.5))
+    assert crowded(replace(setup, batch_size=6)) == pytest.approx((1.5, 1.5))
+    assert crowded(replace(setup, sharing=3)) == pytest.approx((1.5, 1.5))
+    assert crowded(replace(setup, workers=2)) == (1, 1)
+    assert crowded(replace(setup, workers=4, nodes=2)) == (1, 1)
 
 
 @pytest.mark.parametrize(

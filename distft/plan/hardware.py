@@ -79,8 +79,8 @@ class Hardware:
         return cls("cpu", name, _fast_bf16(core), memory_bytes, memory_bytes, cores, wide)
 
     def at_once(self, threads: int) -> float:
-        """Workers of so many threads that its cores compute for at the same time; any number have a GPU each."""
-        return self.cores / threads if self.device_type == "cpu" and self.cores else math.inf
+        """Workers of so many threads that its cores compute for at the same time, one at least; each has a GPU."""
+        return max(1.0, self.cores / threads) if self.device_type == "cpu" and self.cores else math.inf
 
     @classmethod
     def of(cls, device: Device) -> Hardware:

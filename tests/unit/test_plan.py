@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -276,6 +277,13 @@ def test_workers_of_a_machine_share_its_peak() -> None:
     crowded = share_of_peak(replace(machine, cores=1), torch.float32, many, 1)
     assert crowded > alone / 4
     assert torch.get_num_threads() == threads
+
+
+def test_a_machine_has_room_for_some_workers_at_once() -> None:
+    machine = replace(FAST_CPU, cores=4)
+    assert [machine.at_once(threads) for threads in (1, 2, 4)] == [4, 2, 1]
+    assert machine.at_once(8) == 1  # its rate was measured with all of its threads
+    assert replace(machine, cores=None).at_once(1) == Hardware("cuda", "B200", True).at_once(8) == math.inf
 
 
 def test_peaks_are_looked_up_or_measured() -> None:

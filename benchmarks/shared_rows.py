@@ -17,10 +17,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.provenance import provenance
 from benchmarks.short_runs import ROOT, torchrun
+
+if TYPE_CHECKING:
+    from distft.plan.speed import Rates
 
 CONFIG = {
     "num_hidden_layers": 10,
@@ -101,12 +104,12 @@ def measured(case: Case) -> dict[str, Any]:
     return found
 
 
-def planned(case: Case, peak_flops: float) -> dict[str, float]:
+def planned(case: Case, rates: Rates) -> dict[str, float]:
     """Seconds and bytes as the planner has them, uncorrected."""
     from distft.model.shape import llama_tensors, of_config
     from distft.plan.memory import memory
     from distft.plan.setup import Setup
-    from distft.plan.speed import Rates, step_time
+    from distft.plan.speed import step_time
 
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     names = ("layers", "hidden", "heads", "kv_heads", "intermediate")
@@ -129,7 +132,7 @@ def planned(case: Case, peak_flops: float) -> dict[str, float]:
         masked=False,
         sharing=case.sharing,
     )
-    time_ = step_time(shape, shape.parameters, setup, Rates.of_cpu(peak_flops))
+    time_ = step_time(shape, shape.parameters, setup, rates)
     return {"seconds": time_.seconds, "bytes": memory(shape, shape.parameters, setup).device_bytes}
 
 
@@ -173,12 +176,14 @@ def main(words: Sequence[str] | None = None) -> None:
     import torch
 
     from distft.plan.hardware import Hardware, share_of_peak
+    from distft.plan.speed import Rates
 
-    peak = share_of_peak(Hardware.glance(), torch.float32, 2, 1)
+    hardware = Hardware.glance()
+    rates = Rates.of_cpu(share_of_peak(hardware, torch.float32, 2, 1), hardware.at_once(1))
     runs: list[dict[str, Any]] = []
     for _ in range(arguments.repeats):
         for case in cases(arguments.tokens):
-            runs.append({"case": asdict(case), "planned": planned(case, peak), **measured(case)})
+            runs.append({"case": asdict(case), "planned": planned(case, rates), **measured(case)})
             print(
                 json.dumps({name: runs[-1][name] for name in ("case", "step_seconds", "peak_memory_bytes")}), flush=True
             )
